@@ -1,0 +1,189 @@
+//! The traffic rules as data, once; each engine renders the same ones.
+//!
+//! Their meaning is flannel's (`pkg/trafficmngr`): traffic inside the network
+//! keeps its addresses, what leaves it is masqueraded, and what comes from or
+//! goes to it may be forwarded whatever Docker's policy says.
+
+use std::fmt;
+
+use ipnetwork::IpNetwork;
+
+pub mod iptables;
+
+/// Which rules the operator wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// `--ip-masq`.
+    pub masquerade: bool,
+    /// Not `--ip-masq-fully-random-disable`.
+    pub random_fully: bool,
+    /// `--iptables-forward-rules`.
+    pub forward: bool,
+}
+
+impl Wanted {
+    /// Whether no rule at all is wanted.
+    pub fn nothing(&self) -> bool {
+        !self.masquerade && !self.forward
+    }
+}
+
+/// The rules of one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ruleset {
+    /// The network of that family.
+    pub network: IpNetwork,
+    /// Networks of our previous run, whose rules go.
+    pub former: Vec<IpNetwork>,
+    /// Our chains; one without rules is to be gone.
+    pub chains: Vec<Chain>,
+}
+
+/// A chain of ours and where the kernel jumps to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// Which of the two.
+    pub purpose: Purpose,
+    /// In order.
+    pub rules: Vec<Rule>,
+}
+
+/// What a chain is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Rewrites source addresses as packets leave.
+    Masquerade,
+    /// Lets packets through the host.
+    Forward,
+}
+
+/// One rule: all matches must hold for the verdict to be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The packet mark, with its mask.
+    pub mark: Option<(u32, u32)>,
+    /// Where the packet comes from.
+    pub source: Match,
+    /// Where it goes.
+    pub destination: Match,
+    /// What happens to it.
+    pub verdict: Verdict,
+}
+
+/// A match on an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Match {
+    /// Any address.
+    Any,
+    /// Inside.
+    In(IpNetwork),
+    /// Outside.
+    NotIn(IpNetwork),
+}
+
+/// What happens to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// This chain has nothing to say about it.
+    Return,
+    /// It passes.
+    Accept,
+    /// It leaves with the host's own address.
+    Masquerade {
+        /// From a port that cannot be guessed.
+        random_fully: bool,
+    },
+}
+
+/// kube-proxy's mark for packets that it masquerades itself.
+const KUBE_PROXY_MARK: u32 = 0x4000;
+
+/// The rules for one family of the cluster.
+pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<IpNetwork>) -> Ruleset {
+    let multicast: IpNetwork =
+        if network.is_ipv4() { "224.0.0.0/4" } else { "ff00::/8" }.parse().expect("both are prefixes");
+    let masquerade = Verdict::Masquerade { random_fully: wanted.random_fully };
+    let rule = |source, destination, verdict| Rule { mark: None, source, destination, verdict };
+    let (cluster, ours) = (Match::In(network), Match::In(subnet));
+
+    let mut masquerading = Chain { purpose: Purpose::Masquerade, rules: vec![] };
+    if wanted.masquerade {
+        masquerading.rules = vec![
+            Rule {
+                mark: Some((KUBE_PROXY_MARK, KUBE_PROXY_MARK)),
+                source: Match::Any,
+                destination: Match::Any,
+                verdict: Verdict::Return,
+            },
+            rule(ours, cluster, Verdict::Return),
+            rule(cluster, ours, Verdict::Return),
+            // What came from outside to a container here was let in by somebody; it keeps its source.
+            rule(Match::NotIn(network), ours, Verdict::Return),
+            rule(cluster, Match::NotIn(multicast), masquerade),
+            rule(Match::NotIn(network), cluster, masquerade),
+        ];
+    }
+    let mut forwarding = Chain { purpose: Purpose::Forward, rules: vec![] };
+    if wanted.forward {
+        forwarding.rules =
+            vec![rule(cluster, Match::Any, Verdict::Accept), rule(Match::Any, cluster, Verdict::Accept)];
+    }
+    Ruleset { network, former, chains: vec![masquerading, forwarding] }
+}
+
+impl Ruleset {
+    /// The same for an engine that cannot pick ports at random.
+    pub fn without_random_fully(&self) -> Self {
+        let mut plain = self.clone();
+        for rule in plain.chains.iter_mut().flat_map(|chain| &mut chain.rules) {
+            if let Verdict::Masquerade { random_fully } = &mut rule.verdict {
+                *random_fully = false;
+            }
+        }
+        plain
+    }
+
+    /// Whether a rule, given by the prefixes it names, is one of ours.
+    ///
+    /// Another agent with another network may share our chains.
+    pub fn owns(&self, mut prefixes: impl Iterator<Item = IpNetwork>) -> bool {
+        prefixes.any(|prefix| prefix == self.network || self.former.contains(&prefix))
+    }
+}
+
+impl fmt::Display for Ruleset {
+    /// The rules for a person to read, one a line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chain in &self.chains {
+            for rule in &chain.rules {
+                let name = match chain.purpose {
+                    Purpose::Masquerade => "masquerade",
+                    Purpose::Forward => "forward",
+                };
+                write!(f, "{name}: ")?;
+                match rule.mark {
+                    Some((mark, mask)) => write!(f, "marked {mark:#x}/{mask:#x}")?,
+                    None => write!(f, "from {} to {}", rule.source, rule.destination)?,
+                }
+                let verdict = match rule.verdict {
+                    Verdict::Return => "leave alone",
+                    Verdict::Accept => "accept",
+                    Verdict::Masquerade { random_fully: true } => "masquerade from a random port",
+                    Verdict::Masquerade { random_fully: false } => "masquerade",
+                };
+                writeln!(f, ": {verdict}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("anywhere"),
+            Self::In(network) => write!(f, "{network}"),
+            Self::NotIn(network) => write!(f, "outside {network}"),
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! What a node holds and publishes: its subnet, and how to reach it.
+//!
+//! The JSON here is flannel's own, byte for byte, because Go nodes read what we
+//! write: the order of the members, `null` for a missing IPv6 address, members
+//! left out when empty (`pkg/lease/lease.go`). Peers are read more kindly than
+//! we write: keys in any case, members of newer versions passed over.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
+
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+use serde_json::value::RawValue;
+
+use crate::json::{BadValue, Object};
+
+/// The identity of a lease: an IPv4 prefix, an IPv6 prefix, or both.
+///
+/// Prefixes are kept as found, host bits and all, so that a key with host bits
+/// stays another key than the one without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subnet {
+    /// An IPv4 prefix alone, as in every IPv4 network.
+    V4(Ipv4Network),
+    /// An IPv6 prefix alone; its key begins with `0.0.0.0-0`.
+    V6(Ipv6Network),
+    /// One prefix of each family.
+    Dual(Ipv4Network, Ipv6Network),
+}
+
+impl Subnet {
+    /// The IPv4 part.
+    pub fn v4(&self) -> Option<Ipv4Network> {
+        match self {
+            Self::V4(v4) | Self::Dual(v4, _) => Some(*v4),
+            Self::V6(_) => None,
+        }
+    }
+
+    /// The IPv6 part.
+    pub fn v6(&self) -> Option<Ipv6Network> {
+        match self {
+            Self::V6(v6) | Self::Dual(_, v6) => Some(*v6),
+            Self::V4(_) => None,
+        }
+    }
+
+    /// One or two prefixes, IPv4 first.
+    pub fn networks(&self) -> impl Iterator<Item = IpNetwork> + use<> {
+        self.v4().map(IpNetwork::V4).into_iter().chain(self.v6().map(IpNetwork::V6))
+    }
+}
+
+impl fmt::Display for Subnet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::V4(v4) => write!(f, "{v4}"),
+            Self::V6(v6) => write!(f, "{v6}"),
+            Self::Dual(v4, v6) => write!(f, "{v4} and {v6}"),
+        }
+    }
+}
+
+/// JSON text that is passed on as it stands; known to be well formed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawJson(Box<str>);
+
+impl RawJson {
+    /// Turns a value into JSON text.
+    ///
+    /// # Panics
+    /// Never for the plain structs and strings that backends publish.
+    pub fn of(value: &impl Serialize) -> Self {
+        Self(serde_json::to_string(value).expect("plain structs serialise").into())
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Serialize for RawJson {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let raw: &RawValue = serde_json::from_str(&self.0).map_err(serde::ser::Error::custom)?;
+        raw.serialize(serializer)
+    }
+}
+
+/// What a node tells the others: the value of its lease key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseAttrs {
+    /// Where the node is reached over IPv4; published as `0.0.0.0` when absent.
+    pub public_ip: Option<Ipv4Addr>,
+    /// Where the node is reached over IPv6.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// `vxlan`, `host-gw` …; empty for backends that publish no type.
+    pub backend_type: Cow<'static, str>,
+    /// The backend's own words for IPv4, as JSON.
+    pub backend_data: Option<RawJson>,
+    /// The backend's own words for IPv6, as JSON.
+    pub backend_v6_data: Option<RawJson>,
+}
+
+impl LeaseAttrs {
+    /// Reads the value of a lease key.
+    ///
+    /// # Errors
+    /// Not a JSON object, or a member of the wrong kind. `PublicIP` may be
+    /// absent but not `null`-like text or IPv6.
+    pub fn from_json(text: &str) -> Result<Self, BadValue> {
+        let object = Object::parse("", text)?;
+        let raw = |key| object.get(key).map(|text| RawJson(text.into()));
+        let public_ip: Option<Ipv4Addr> = object.parsed("PublicIP", "an IPv4 address")?;
+        let backend_type = object.text("BackendType")?.unwrap_or_default();
+        Ok(Self {
+            public_ip: public_ip.filter(|ip| !ip.is_unspecified()),
+            public_ipv6: object.parsed("PublicIPv6", "an IPv6 address")?,
+            backend_type: interned(backend_type),
+            backend_data: raw("BackendData"),
+            backend_v6_data: raw("BackendV6Data"),
+        })
+    }
+
+    /// The value of a lease key, byte for byte as Go flanneld writes it.
+    ///
+    /// # Panics
+    /// Never: every member serialises.
+    pub fn to_json(&self) -> String {
+        let json = serde_json::to_string(self).expect("a lease serialises");
+        // Go's encoder escapes these three inside strings, which is the only place they can stand.
+        json.replace('&', "\\u0026").replace('<', "\\u003c").replace('>', "\\u003e")
+    }
+
+    /// The public address of the same family as `subnet`.
+    pub fn public_address(&self, subnet: &IpNetwork) -> Option<IpAddr> {
+        match subnet {
+            IpNetwork::V4(_) => self.public_ip.map(IpAddr::V4),
+            IpNetwork::V6(_) => self.public_ipv6.map(IpAddr::V6),
+        }
+    }
+}
+
+impl Serialize for LeaseAttrs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut object = serializer.serialize_struct("LeaseAttrs", 5)?;
+        object.serialize_field("PublicIP", &self.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED))?;
+        object.serialize_field("PublicIPv6", &self.public_ipv6)?;
+        if !self.backend_type.is_empty() {
+            object.serialize_field("BackendType", &self.backend_type)?;
+        }
+        if let Some(data) = &self.backend_data {
+            object.serialize_field("BackendData", data)?;
+        }
+        if let Some(data) = &self.backend_v6_data {
+            object.serialize_field("BackendV6Data", data)?;
+        }
+        object.end()
+    }
+}
+
+/// The usual backend names are shared, not kept once per peer.
+fn interned(name: String) -> Cow<'static, str> {
+    const USUAL: [&str; 7] = ["", "vxlan", "host-gw", "wireguard", "ipip", "ipsec", "extension"];
+    USUAL.into_iter().find(|usual| *usual == name).map_or(Cow::Owned(name), Cow::Borrowed)
+}
+
+/// Whether a lease ends when nobody renews it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tenure {
+    /// Kept by renewal, gone after its time to live.
+    Leased,
+    /// A reservation: stays until somebody deletes it.
+    Reserved,
+}
+
+/// A subnet and what its holder publishes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// The identity.
+    pub subnet: Subnet,
+    /// What the holder publishes.
+    pub attrs: LeaseAttrs,
+    /// Whether it ends by itself.
+    pub tenure: Tenure,
+}
+
+/// When a lease of ours ends if it is not renewed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expiry {
+    /// At that instant of the monotonic clock.
+    At(Instant),
+    /// Never: it is a reservation.
+    Never,
+}
+
+/// Our own lease, as the store gave it to us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldLease {
+    /// The subnet and what we publish.
+    pub lease: Lease,
+    /// When it ends.
+    pub expiry: Expiry,
+    /// What the store needs to renew it: etcd's lease id, 0 for a reservation.
+    pub handle: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vxlan() -> LeaseAttrs {
+        LeaseAttrs {
+            public_ip: Some(Ipv4Addr::new(192, 168, 77, 1)),
+            public_ipv6: None,
+            backend_type: "vxlan".into(),
+            backend_data: Some(RawJson(r#"{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}"#.into())),
+            backend_v6_data: None,
+        }
+    }
+
+    #[test]
+    fn a_vxlan_lease_is_written_as_flannel_writes_it() {
+        assert_eq!(
+            vxlan().to_json(),
+            r#"{"PublicIP":"192.168.77.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}}"#
+        );
+    }
+
+    #[test]
+    fn a_lease_without_a_type_is_written_as_flannel_writes_it() {
+        let attrs = LeaseAttrs { backend_type: "".into(), backend_data: None, ..vxlan() };
+
+        assert_eq!(attrs.to_json(), r#"{"PublicIP":"192.168.77.1","PublicIPv6":null}"#);
+    }
+
+    #[test]
+    fn an_ipv6_only_lease_publishes_the_unspecified_ipv4_address() {
+        let attrs = LeaseAttrs {
+            public_ip: None,
+            public_ipv6: Some("fd77::1".parse().unwrap()),
+            backend_data: None,
+            backend_v6_data: vxlan().backend_data,
+            ..vxlan()
+        };
+
+        assert_eq!(
+            attrs.to_json(),
+            r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::1","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}}"#
+        );
+    }
+
+    #[test]
+    fn what_is_written_reads_back_equal() {
+        assert_eq!(LeaseAttrs::from_json(&vxlan().to_json()).unwrap(), vxlan());
+    }
+
+    #[test]
+    fn a_value_of_2018_reads_without_the_members_it_did_not_have() {
+        let attrs = LeaseAttrs::from_json(
+            r#"{"PublicIP":"192.168.77.1","BackendType":"vxlan","BackendData":{"VtepMAC":"36:8a:ca:4c:79:ec"}}"#,
+        )
+        .unwrap();
+
+        assert_eq!(attrs.public_ip, vxlan().public_ip);
+        assert_eq!(attrs.public_ipv6, None);
+    }
+
+    #[test]
+    fn keys_are_read_in_any_case_and_unknown_ones_passed_over() {
+        let attrs =
+            LeaseAttrs::from_json(r#"{"publicip":"10.0.0.1","backendtype":"host-gw","New":[1]}"#).unwrap();
+
+        assert_eq!(attrs.backend_type, "host-gw");
+    }
+
+    #[test]
+    fn markup_in_a_string_is_escaped_as_go_escapes_it() {
+        let attrs = LeaseAttrs { backend_data: Some(RawJson::of(&"<a&b>")), ..vxlan() };
+
+        assert!(attrs.to_json().ends_with(r#""BackendData":"\u003ca\u0026b\u003e"}"#), "{}", attrs.to_json());
+    }
+
+    #[test]
+    fn an_ipv6_public_ip_is_refused_by_name() {
+        let error = LeaseAttrs::from_json(r#"{"PublicIP":"fd00::1"}"#).unwrap_err();
+
+        assert_eq!(error.to_string(), r#"PublicIP is "fd00::1": must be an IPv4 address"#);
+    }
+}

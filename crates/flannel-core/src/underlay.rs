@@ -1,0 +1,520 @@
+//! Which interface the hosts reach each other by.
+//!
+//! The rules are flannel's (`pkg/ipmatch/match.go`): the flags in a fixed order
+//! of precedence, a candidate that does not fit is passed over, and without any
+//! flag the default route decides. The choice comes with its reason and a
+//! refusal with what there was to choose from, both for the log.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnetwork::IpNetwork;
+use thiserror::Error;
+
+use crate::lease::LeaseAttrs;
+use crate::state::LinkName;
+
+/// What the kernel knows about interfaces and the way to other hosts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// In the order of their indexes.
+    pub interfaces: Vec<Interface>,
+    /// Unicast routes of the main table that no flannel made, in the kernel's order.
+    pub routes: Vec<RouteFact>,
+    /// The answer to `--iface-can-reach`, if it was asked: the interface and
+    /// the source address the kernel would use, or why there is none.
+    pub can_reach: Option<Result<(LinkName, IpAddr), String>>,
+}
+
+/// An interface and its addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: LinkName,
+    /// In bytes.
+    pub mtu: u32,
+    /// In the kernel's order.
+    pub addresses: Vec<InterfaceAddress>,
+}
+
+/// An address of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// With the prefix of its network.
+    pub network: IpNetwork,
+    /// Whether it stays until it is taken away (`IFA_F_PERMANENT`).
+    pub permanent: bool,
+    /// Whether it is a privacy address (`IFA_F_TEMPORARY`), or a second one of its IPv4 network.
+    pub temporary: bool,
+    /// Whether new connections should not use it (`IFA_F_DEPRECATED`).
+    pub deprecated: bool,
+}
+
+/// A unicast route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouteFact {
+    /// Where to.
+    pub destination: IpNetwork,
+    /// The next hop; `None` if the destination is on the link itself.
+    pub gateway: Option<IpAddr>,
+    /// The interface; `None` for a route over several.
+    pub link: Option<LinkName>,
+}
+
+/// A regular expression, compiled by somebody who has an engine for it.
+pub struct Pattern {
+    /// As it was written.
+    pub text: String,
+    /// Whether it matches anywhere in a text.
+    pub matches: Box<dyn Fn(&str) -> bool + Send + Sync>,
+}
+
+impl fmt::Debug for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.text, f)
+    }
+}
+
+/// What the operator asked for.
+#[derive(Debug, Default)]
+pub struct Selection {
+    /// `--iface`, in order: names or addresses.
+    pub interfaces: Vec<String>,
+    /// `--iface-regex`, in order.
+    pub patterns: Vec<Pattern>,
+    /// `--iface-can-reach`.
+    pub can_reach: Option<IpAddr>,
+    /// `--public-ip`.
+    pub public_ip: Option<Ipv4Addr>,
+}
+
+/// The interface between the hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    /// Its name.
+    pub link: LinkName,
+    /// In bytes.
+    pub mtu: u32,
+    /// Its own address: the source of what we send.
+    pub address: Ipv4Addr,
+    /// What peers are told to send to; differs behind NAT.
+    pub public_ip: Ipv4Addr,
+    /// What peers with IPv6 are told to send to.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// Which peers stand on a network that we share.
+    pub routes: Vec<RouteFact>,
+}
+
+impl Underlay {
+    /// The address that peers are told.
+    pub fn public_address(&self) -> IpAddr {
+        IpAddr::V4(self.public_ip)
+    }
+
+    /// What any backend publishes about this host, without data of its own.
+    pub fn attributes(&self, backend_type: &'static str) -> LeaseAttrs {
+        LeaseAttrs {
+            public_ip: Some(self.public_ip),
+            public_ipv6: self.public_ipv6,
+            backend_type: Cow::Borrowed(backend_type),
+            backend_data: None,
+            backend_v6_data: None,
+        }
+    }
+
+    /// The interface on whose own network `address` lies: the most specific
+    /// route to it has no next hop.
+    pub fn attached(&self, address: IpAddr) -> Option<LinkName> {
+        let to = self.routes.iter().filter(|route| route.destination.contains(address));
+        // Of equally specific routes the kernel takes the first.
+        let best = to.rev().max_by_key(|route| route.destination.prefix())?;
+        best.link.filter(|_| best.gateway.is_none())
+    }
+}
+
+/// Why an underlay was chosen, for the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The choice.
+    pub underlay: Underlay,
+    /// Why this one, as a phrase.
+    pub reason: String,
+    /// What was passed over on the way, one sentence each.
+    pub passed_over: Vec<String>,
+}
+
+/// No interface fits what was asked. It helps to change the flags or the host.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("no interface fits: {}; the host has {candidates}", .tried.join("; "))]
+pub struct NoUnderlay {
+    /// What was asked for and why it failed, one phrase each.
+    pub tried: Vec<String>,
+    /// The interfaces and their addresses.
+    pub candidates: String,
+}
+
+/// Chooses by the flags, or by the default route where there are none.
+///
+/// # Errors
+/// Nothing fits; the error lists what was tried and what there is.
+pub fn choose(facts: &Facts, selection: &Selection) -> Result<Chosen, NoUnderlay> {
+    let mut tried = Vec::new();
+    for rule in rules(selection) {
+        match rule.find(facts).and_then(|found| found.finish(facts, selection)) {
+            Ok(underlay) => {
+                return Ok(Chosen { underlay, reason: rule.to_string(), passed_over: tried });
+            }
+            Err(reason) => tried.push(format!("{rule}: {reason}")),
+        }
+    }
+    Err(NoUnderlay { tried, candidates: candidates(facts) })
+}
+
+/// One way to look an interface up.
+enum Rule<'a> {
+    Address(IpAddr, &'static str),
+    Name(&'a str),
+    Pattern(&'a Pattern),
+    CanReach(IpAddr),
+    DefaultRoute,
+}
+
+impl fmt::Display for Rule<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address, flag) => write!(f, "{flag} {address}"),
+            Self::Name(name) => write!(f, "--iface {name}"),
+            Self::Pattern(pattern) => write!(f, "--iface-regex {}", pattern.text),
+            Self::CanReach(address) => write!(f, "--iface-can-reach {address}"),
+            Self::DefaultRoute => f.write_str("the default route"),
+        }
+    }
+}
+
+fn rules(selection: &Selection) -> Vec<Rule<'_>> {
+    let interfaces = selection.interfaces.iter().map(|interface| match interface.parse() {
+        Ok(address) => Rule::Address(address, "--iface"),
+        Err(_) => Rule::Name(interface),
+    });
+    let mut rules: Vec<Rule<'_>> = interfaces.collect();
+    rules.extend(selection.patterns.iter().map(Rule::Pattern));
+    rules.extend(selection.can_reach.map(Rule::CanReach));
+    if rules.is_empty() {
+        let by_public_ip = |ip: Ipv4Addr| Rule::Address(ip.into(), "--public-ip");
+        rules.push(selection.public_ip.map_or(Rule::DefaultRoute, by_public_ip));
+    }
+    rules
+}
+
+/// An interface, and its address where the lookup has decided that too.
+struct Found<'a> {
+    interface: &'a Interface,
+    address: Option<Ipv4Addr>,
+}
+
+impl Rule<'_> {
+    fn find<'a>(&self, facts: &'a Facts) -> Result<Found<'a>, String> {
+        let named = |name: LinkName| facts.interfaces.iter().find(|interface| interface.name == name);
+        match self {
+            Self::Address(IpAddr::V6(_), _) => {
+                Err("an IPv6 address cannot choose for an IPv4 network".into())
+            }
+            Self::Address(IpAddr::V4(address), _) => {
+                let has = |interface: &&Interface| {
+                    interface.addresses.iter().any(|own| own.network.ip() == IpAddr::V4(*address))
+                };
+                let interface = facts.interfaces.iter().find(has).ok_or(
+                    "no interface has this address (behind NAT, say with --iface which one to send from)",
+                )?;
+                Ok(Found { interface, address: Some(*address) })
+            }
+            Self::Name(name) => {
+                let interface = name.parse().ok().and_then(named).ok_or("there is no such interface")?;
+                Ok(Found { interface, address: None })
+            }
+            Self::Pattern(pattern) => {
+                for interface in &facts.interfaces {
+                    let matching = usable(interface).find(|address| (pattern.matches)(&address.to_string()));
+                    if let Some(address) = matching {
+                        return Ok(Found { interface, address: Some(address) });
+                    }
+                }
+                let by_name = |interface: &&Interface| (pattern.matches)(interface.name.as_str());
+                let interface =
+                    facts.interfaces.iter().find(by_name).ok_or("it matches no address and no name")?;
+                Ok(Found { interface, address: None })
+            }
+            Self::CanReach(_) => {
+                let (name, source) = match &facts.can_reach {
+                    Some(Ok(answer)) => *answer,
+                    Some(Err(reason)) => return Err(reason.clone()),
+                    None => return Err("the kernel was not asked".into()),
+                };
+                let interface = named(name).ok_or_else(|| format!("{name} is gone"))?;
+                let IpAddr::V4(address) = source else {
+                    return Err(format!("the way there has the IPv6 source {source}"));
+                };
+                Ok(Found { interface, address: Some(address) })
+            }
+            Self::DefaultRoute => {
+                let is_default =
+                    |route: &&RouteFact| route.destination.prefix() == 0 && route.destination.is_ipv4();
+                let route = facts.routes.iter().find(is_default).ok_or(
+                    "there is no IPv4 default route; say which interface with --iface, --iface-regex or --public-ip",
+                )?;
+                let interface =
+                    route.link.and_then(named).ok_or("the default route leads over no single interface")?;
+                Ok(Found { interface, address: None })
+            }
+        }
+    }
+}
+
+impl Found<'_> {
+    fn finish(self, facts: &Facts, selection: &Selection) -> Result<Underlay, String> {
+        let Self { interface, address } = self;
+        let address = match address.or_else(|| usable(interface).next()) {
+            Some(address) => address,
+            None => return Err(format!("{} has no usable IPv4 address", interface.name)),
+        };
+        if interface.mtu == 0 {
+            return Err(format!("the MTU of {} is 0", interface.name));
+        }
+        Ok(Underlay {
+            link: interface.name,
+            mtu: interface.mtu,
+            address,
+            public_ip: selection.public_ip.unwrap_or(address),
+            public_ipv6: None,
+            routes: facts.routes.clone(),
+        })
+    }
+}
+
+/// The addresses of an interface that may be published, best first: global
+/// before link-local, permanent before others, lasting before temporary.
+fn usable(interface: &Interface) -> impl Iterator<Item = Ipv4Addr> {
+    let mut all: Vec<(Ipv4Addr, &InterfaceAddress)> = interface
+        .addresses
+        .iter()
+        .filter_map(|own| match own.network.ip() {
+            IpAddr::V4(v4) => Some((v4, own)),
+            IpAddr::V6(_) => None,
+        })
+        .filter(|(address, own)| {
+            let one_host = !address.is_loopback()
+                && !address.is_multicast()
+                && !address.is_unspecified()
+                && !address.is_broadcast();
+            one_host && !own.deprecated
+        })
+        .collect();
+    all.sort_by_key(|(address, own)| (address.is_link_local(), !own.permanent, own.temporary));
+    all.into_iter().map(|(address, _)| address)
+}
+
+fn candidates(facts: &Facts) -> String {
+    let shown = facts.interfaces.iter().map(|interface| {
+        let addresses: Vec<String> =
+            interface.addresses.iter().map(|address| address.network.to_string()).collect();
+        let addresses = if addresses.is_empty() { "no address".into() } else { addresses.join(", ") };
+        format!("{} ({addresses})", interface.name)
+    });
+    let shown: Vec<String> = shown.collect();
+    if shown.is_empty() { "no interfaces".into() } else { shown.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> LinkName {
+        text.parse().unwrap()
+    }
+
+    fn address(text: &str) -> InterfaceAddress {
+        InterfaceAddress {
+            network: text.parse().unwrap(),
+            permanent: true,
+            temporary: false,
+            deprecated: false,
+        }
+    }
+
+    fn interface(named: &str, addresses: &[&str]) -> Interface {
+        Interface {
+            name: name(named),
+            mtu: 1500,
+            addresses: addresses.iter().map(|text| address(text)).collect(),
+        }
+    }
+
+    fn route(destination: &str, gateway: Option<&str>, link: &str) -> RouteFact {
+        RouteFact {
+            destination: destination.parse().unwrap(),
+            gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+            link: Some(name(link)),
+        }
+    }
+
+    fn facts() -> Facts {
+        Facts {
+            interfaces: vec![
+                interface("lo", &["127.0.0.1/8"]),
+                interface("eth0", &["10.0.2.15/24", "fd00::15/64"]),
+                interface("eth1", &["192.168.56.11/24", "192.168.56.12/24"]),
+                interface("eth2", &[]),
+            ],
+            routes: vec![
+                route("0.0.0.0/0", Some("10.0.2.2"), "eth0"),
+                route("10.0.2.0/24", None, "eth0"),
+                route("192.168.56.0/24", None, "eth1"),
+            ],
+            can_reach: None,
+        }
+    }
+
+    fn pattern(text: &'static str) -> Pattern {
+        Pattern { text: text.into(), matches: Box::new(move |candidate| candidate.contains(text)) }
+    }
+
+    fn choice(selection: &Selection) -> (String, String, String) {
+        let chosen = choose(&facts(), selection).unwrap();
+        (chosen.underlay.link.to_string(), chosen.underlay.address.to_string(), chosen.reason)
+    }
+
+    fn refusal(facts: &Facts, selection: &Selection) -> String {
+        choose(facts, selection).unwrap_err().to_string()
+    }
+
+    fn by_interface(interface: &str) -> Selection {
+        Selection { interfaces: vec![interface.into()], ..Selection::default() }
+    }
+
+    #[test]
+    fn without_flags_the_default_route_decides() {
+        let expected = ("eth0".into(), "10.0.2.15".into(), "the default route".into());
+
+        assert_eq!(choice(&Selection::default()), expected);
+    }
+
+    #[test]
+    fn a_public_ip_alone_chooses_the_interface_that_has_it() {
+        let selection =
+            Selection { public_ip: Some(Ipv4Addr::new(192, 168, 56, 12)), ..Selection::default() };
+
+        assert_eq!(
+            choice(&selection),
+            ("eth1".into(), "192.168.56.12".into(), "--public-ip 192.168.56.12".into())
+        );
+    }
+
+    #[test]
+    fn a_public_ip_beside_another_flag_is_only_published() {
+        let selection = Selection { public_ip: Some(Ipv4Addr::new(203, 0, 113, 7)), ..by_interface("eth1") };
+
+        let underlay = choose(&facts(), &selection).unwrap().underlay;
+
+        assert_eq!(underlay.address, Ipv4Addr::new(192, 168, 56, 11));
+        assert_eq!(underlay.public_ip, Ipv4Addr::new(203, 0, 113, 7));
+    }
+
+    #[test]
+    fn an_interface_is_chosen_by_name_or_by_any_of_its_addresses() {
+        assert_eq!(choice(&by_interface("eth1")).1, "192.168.56.11");
+        assert_eq!(choice(&by_interface("192.168.56.12")).1, "192.168.56.12");
+        assert_eq!(choice(&by_interface("127.0.0.1")).0, "lo");
+    }
+
+    #[test]
+    fn a_candidate_that_does_not_fit_is_passed_over_and_told() {
+        let selection = Selection {
+            interfaces: vec!["eth9".into(), "eth2".into(), "eth1".into()],
+            ..Selection::default()
+        };
+
+        let chosen = choose(&facts(), &selection).unwrap();
+
+        assert_eq!(chosen.reason, "--iface eth1");
+        assert_eq!(
+            chosen.passed_over,
+            ["--iface eth9: there is no such interface", "--iface eth2: eth2 has no usable IPv4 address"]
+        );
+    }
+
+    #[test]
+    fn a_pattern_is_tried_on_all_addresses_before_any_name() {
+        let by = |text| Selection { patterns: vec![pattern(text)], ..Selection::default() };
+
+        assert_eq!(choice(&by("56.12")).1, "192.168.56.12");
+        assert_eq!(choice(&by("eth1")).1, "192.168.56.11");
+        assert_eq!(choice(&by("10.")).0, "eth0");
+    }
+
+    #[test]
+    fn interfaces_come_before_patterns_and_patterns_before_reach() {
+        let selection = Selection {
+            interfaces: vec!["eth9".into()],
+            patterns: vec![pattern("eth8"), pattern("eth1")],
+            can_reach: Some("10.0.2.2".parse().unwrap()),
+            public_ip: None,
+        };
+
+        assert_eq!(choice(&selection).2, "--iface-regex eth1");
+    }
+
+    #[test]
+    fn reach_takes_the_kernel_s_interface_and_source() {
+        let selection =
+            Selection { can_reach: Some("192.168.56.99".parse().unwrap()), ..Selection::default() };
+        let mut facts = facts();
+        facts.can_reach = Some(Ok((name("eth1"), "192.168.56.12".parse().unwrap())));
+
+        assert_eq!(choose(&facts, &selection).unwrap().underlay.address, Ipv4Addr::new(192, 168, 56, 12));
+
+        facts.can_reach = Some(Err("Network is unreachable".into()));
+        let refusal = refusal(&facts, &selection);
+        assert!(refusal.contains("--iface-can-reach 192.168.56.99: Network is unreachable"), "{refusal}");
+    }
+
+    #[test]
+    fn the_better_address_of_an_interface_is_taken() {
+        let mut facts = facts();
+        facts.interfaces[1].addresses = vec![
+            address("169.254.3.4/16"),
+            InterfaceAddress { deprecated: true, ..address("10.0.2.1/24") },
+            InterfaceAddress { temporary: true, ..address("10.0.2.2/24") },
+            InterfaceAddress { permanent: false, ..address("10.0.2.3/24") },
+            address("10.0.2.4/24"),
+        ];
+
+        let underlay = choose(&facts, &Selection::default()).unwrap().underlay;
+
+        assert_eq!(underlay.address, Ipv4Addr::new(10, 0, 2, 4));
+    }
+
+    #[test]
+    fn a_refusal_lists_what_was_tried_and_what_there_is() {
+        let mut facts = facts();
+        facts.routes.clear();
+
+        assert_eq!(
+            refusal(&facts, &Selection::default()),
+            "no interface fits: the default route: there is no IPv4 default route; say which interface with --iface, \
+             --iface-regex or --public-ip; the host has lo (127.0.0.1/8), eth0 (10.0.2.15/24, fd00::15/64), \
+             eth1 (192.168.56.11/24, 192.168.56.12/24), eth2 (no address)"
+        );
+    }
+
+    #[test]
+    fn a_peer_is_attached_when_its_best_route_has_no_next_hop() {
+        let mut facts = facts();
+        facts.routes.push(route("192.168.56.128/25", Some("192.168.56.1"), "eth1"));
+        let underlay = choose(&facts, &Selection::default()).unwrap().underlay;
+
+        assert_eq!(underlay.attached("192.168.56.13".parse().unwrap()), Some(name("eth1")));
+        assert_eq!(underlay.attached("192.168.56.200".parse().unwrap()), None);
+        assert_eq!(underlay.attached("203.0.113.9".parse().unwrap()), None);
+    }
+}
