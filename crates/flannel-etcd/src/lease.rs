@@ -1,0 +1,294 @@
+//! Taking a subnet, keeping it, and taking it back.
+//!
+//! Every write is a transaction that compares first, so that nothing here ever
+//! writes over a key that another host holds. Losing such a comparison is no
+//! fault: the world has moved, and one looks at it again.
+//!
+//! ```text
+//!   list ──▶ choose ──▶ ours already ──▶ adopt ─┐
+//!    ▲            └───▶ a free one ──▶ create ──┤
+//!    └──────────── lost the race ◀──────────────┴──▶ held
+//! ```
+//!
+//! Peers see an event when a key is written and none when its etcd lease is
+//! kept alive. So a key is written only if its bytes change.
+
+use std::time::Duration;
+
+use flannel_core::allocation::{Choice, choose, misfits};
+use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
+use flannel_core::network::NetworkConfig;
+use flannel_core::store::StoreError;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info};
+
+use crate::codec::attributes;
+use crate::registry::{Found, Registry, TERM};
+
+/// How long races may be lost before something else must be wrong.
+const RACING: Duration = Duration::from_secs(60);
+
+/// An etcd lease that is granted when it is first needed, and only once.
+#[derive(Default)]
+struct Grant {
+    /// Its id, and a moment from which its term certainly still lasts.
+    granted: Option<(i64, Instant)>,
+    used: bool,
+}
+
+impl Grant {
+    async fn get(&mut self, registry: &Registry) -> Result<(i64, Instant), StoreError> {
+        if let Some(granted) = self.granted {
+            return Ok(granted);
+        }
+        let asked = Instant::now();
+        let id = registry.grant().await?;
+        Ok(*self.granted.insert((id, asked)))
+    }
+
+    /// Gives it back if nothing hangs on it. When the store went away in the
+    /// middle something may, without our knowing, and nobody would answer.
+    async fn end<T>(self, registry: &Registry, outcome: &Result<T, StoreError>) {
+        let away = matches!(outcome, Err(StoreError::Unreachable { .. }));
+        if let Some((id, _)) = self.granted.filter(|_| !self.used && !away) {
+            registry.revoke_if_bare(id).await;
+        }
+    }
+}
+
+impl Registry {
+    pub(crate) async fn acquire(
+        &self,
+        config: &NetworkConfig,
+        attrs: &LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> Result<HeldLease, StoreError> {
+        let mut grant = Grant::default();
+        let held = self.acquire_with(&mut grant, config, attrs, previous).await;
+        grant.end(self, &held).await;
+        held
+    }
+
+    async fn acquire_with(
+        &self,
+        grant: &mut Grant,
+        config: &NetworkConfig,
+        attrs: &LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> Result<HeldLease, StoreError> {
+        let race = Race::begin();
+        loop {
+            let snapshot = self.list().await?.snapshot;
+            let held = match choose(config, &snapshot, attrs.public_ip, previous) {
+                Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
+                Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
+                Choice::PickFrom(free) => {
+                    let subnet = free.pick((rand::random(), rand::random()));
+                    self.create_lease(grant, subnet, attrs).await?
+                }
+                Choice::Exhausted { leased } => return Err(self.exhausted(config, leased)),
+            };
+            if let Some(held) = held {
+                // Only now: whatever goes wrong before leaves us what we had.
+                for misfit in misfits(config, &snapshot, attrs.public_ip) {
+                    self.give_back(misfit).await?;
+                }
+                return Ok(held);
+            }
+            race.lost("taking a subnet").await?;
+        }
+    }
+
+    pub(crate) async fn renew(&self, held: &HeldLease) -> Result<Expiry, StoreError> {
+        if held.handle == 0 {
+            return Ok(Expiry::Never);
+        }
+        let asked = Instant::now();
+        let alive = self.keep_alive(held.handle).await?;
+        let key = self.layout.lease(&held.lease.subnet);
+        let lost = |holder| StoreError::Lost { subnet: held.lease.subnet, holder };
+        let found = self.read(&key).await?.ok_or_else(|| lost(None))?;
+        if alive && found.handle == held.handle {
+            return Ok(expiry(asked));
+        }
+        let theirs = readable(&key, &found)?;
+        if !same_host(&theirs, &held.lease.attrs) {
+            return Err(lost(theirs.public_ip));
+        }
+        if found.handle != 0 {
+            // Ours, but on another etcd lease: restoring adopts it.
+            return Err(lost(None));
+        }
+        debug!(subnet = %held.lease.subnet, "the lease has become a reservation");
+        self.revoke_if_bare(held.handle).await;
+        Ok(Expiry::Never)
+    }
+
+    pub(crate) async fn restore(&self, held: &HeldLease) -> Result<HeldLease, StoreError> {
+        let mut grant = Grant::default();
+        let restored = self.restore_with(&mut grant, held).await;
+        grant.end(self, &restored).await;
+        restored
+    }
+
+    async fn restore_with(&self, grant: &mut Grant, held: &HeldLease) -> Result<HeldLease, StoreError> {
+        let Lease { subnet, attrs, .. } = &held.lease;
+        let key = self.layout.lease(subnet);
+        let race = Race::begin();
+        loop {
+            let restored = match self.read(&key).await? {
+                Some(found) => {
+                    let theirs = readable(&key, &found)?;
+                    if !same_host(&theirs, attrs) {
+                        return Err(StoreError::Lost { subnet: *subnet, holder: theirs.public_ip });
+                    }
+                    self.adopt_found(grant, found, *subnet, attrs).await?
+                }
+                None => {
+                    let asked = Instant::now();
+                    // The etcd lease outlives a key that was deleted by hand.
+                    if grant.granted.is_none() && held.handle != 0 && self.keep_alive(held.handle).await? {
+                        grant.granted = Some((held.handle, asked));
+                    }
+                    self.create_lease(grant, *subnet, attrs).await?
+                }
+            };
+            if let Some(restored) = restored {
+                return Ok(restored);
+            }
+            race.lost(&format!("restoring {key}")).await?;
+        }
+    }
+
+    /// Publishes on a free subnet; `None` if it is no longer free.
+    async fn create_lease(
+        &self,
+        grant: &mut Grant,
+        subnet: Subnet,
+        attrs: &LeaseAttrs,
+    ) -> Result<Option<HeldLease>, StoreError> {
+        let (id, since) = grant.get(self).await?;
+        let created = self.create(&self.layout.lease(&subnet), &attrs.to_json(), id).await?;
+        grant.used |= created;
+        Ok(created.then(|| leased(subnet, attrs, id, since)))
+    }
+
+    /// Deletes a lease of ours that the config no longer allows.
+    async fn give_back(&self, lease: &Lease) -> Result<(), StoreError> {
+        let key = self.layout.lease(&lease.subnet);
+        let Some(found) = self.read(&key).await? else { return Ok(()) };
+        let still_ours = found.handle != 0
+            && attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, &lease.attrs));
+        if still_ours && self.delete(&key, &found).await? {
+            info!(subnet = %lease.subnet, "gave back a lease of ours that the network config no longer allows");
+            self.revoke_if_bare(found.handle).await;
+        }
+        Ok(())
+    }
+
+    /// Publishes on a subnet that is ours; `None` if it no longer is.
+    async fn adopt(
+        &self,
+        grant: &mut Grant,
+        subnet: Subnet,
+        attrs: &LeaseAttrs,
+    ) -> Result<Option<HeldLease>, StoreError> {
+        match self.read(&self.layout.lease(&subnet)).await? {
+            Some(found) if attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs)) => {
+                self.adopt_found(grant, found, subnet, attrs).await
+            }
+            _ => Ok(None),
+        }
+    }
+
+    async fn adopt_found(
+        &self,
+        grant: &mut Grant,
+        found: Found,
+        subnet: Subnet,
+        attrs: &LeaseAttrs,
+    ) -> Result<Option<HeldLease>, StoreError> {
+        let key = self.layout.lease(&subnet);
+        let value = attrs.to_json();
+        let as_it_stands = found.value == value.as_bytes();
+        let written = |id| self.replace(&key, &value, id, found.revision);
+
+        if found.handle == 0 {
+            let held = as_it_stands || written(0).await?;
+            return Ok(held.then(|| reserved(subnet, attrs)));
+        }
+
+        // A lease of another term is not flannel's: nobody would renew it in time.
+        let asked = Instant::now();
+        if self.granted_term(found.handle).await? == Some(TERM) && self.keep_alive(found.handle).await? {
+            let held = as_it_stands || written(found.handle).await?;
+            return Ok(held.then(|| leased(subnet, attrs, found.handle, asked)));
+        }
+
+        let (id, since) = grant.get(self).await?;
+        if !written(id).await? {
+            return Ok(None);
+        }
+        grant.used = true;
+        self.revoke_if_bare(found.handle).await;
+        Ok(Some(leased(subnet, attrs, id, since)))
+    }
+
+    fn exhausted(&self, config: &NetworkConfig, leased: usize) -> StoreError {
+        let (network, subnet_len) = config
+            .pools()
+            .next()
+            .map_or_else(Default::default, |pool| (pool.network.to_string(), pool.subnet_len));
+        StoreError::Exhausted { key: self.layout.config().into(), network, subnet_len, leased }
+    }
+}
+
+/// A subnet that several hosts want.
+struct Race(Instant);
+
+impl Race {
+    fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Waits a moment before the next round, so that those who lost together
+    /// do not run together again.
+    async fn lost(&self, operation: &str) -> Result<(), StoreError> {
+        if self.0.elapsed() > RACING {
+            let source = format!("somebody else was faster for {} s on end", RACING.as_secs()).into();
+            return Err(StoreError::Refused { operation: operation.into(), source });
+        }
+        debug!(operation, "lost a race, looking again");
+        sleep(Duration::from_millis(rand::random_range(1..50))).await;
+        Ok(())
+    }
+}
+
+/// Reads whose key this is. One that cannot be read is nobody's to overwrite.
+fn readable(key: &str, found: &Found) -> Result<LeaseAttrs, StoreError> {
+    attributes(&found.value).map_err(|reason| StoreError::Refused {
+        operation: format!("keeping {key}"),
+        source: format!("somebody has written a value there that is no lease: {reason}").into(),
+    })
+}
+
+fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
+    match (one.public_ip, other.public_ip) {
+        (None, None) => one.public_ipv6.is_some() && one.public_ipv6 == other.public_ipv6,
+        (one, other) => one == other,
+    }
+}
+
+fn expiry(since: Instant) -> Expiry {
+    Expiry::At(since.into_std() + Duration::from_secs(TERM.unsigned_abs()))
+}
+
+fn leased(subnet: Subnet, attrs: &LeaseAttrs, handle: i64, since: Instant) -> HeldLease {
+    let lease = Lease { subnet, attrs: attrs.clone(), tenure: Tenure::Leased };
+    HeldLease { lease, expiry: expiry(since), handle }
+}
+
+fn reserved(subnet: Subnet, attrs: &LeaseAttrs) -> HeldLease {
+    let lease = Lease { subnet, attrs: attrs.clone(), tenure: Tenure::Reserved };
+    HeldLease { lease, expiry: Expiry::Never, handle: 0 }
+}
