@@ -1,0 +1,3 @@
+//! The engines that make the traffic rules stand.
+
+pub mod iptables;
