@@ -1,0 +1,588 @@
+//! The loop: events in, reconcile out.
+//!
+//! Every input is a variant of one enum and every turn of the loop is the same:
+//! take what came, then settle. One peer's change is applied as it is read;
+//! whatever asks for a full pass sets a flag, and what arrives while a pass runs
+//! forms the next one.
+//!
+//! ```text
+//!   store pump ─┐
+//!   renewal ────┤            ┌─ one peer ──▶ patch ─┐
+//!   rules ──────┼─▶ Input ──▶┤                      ├─▶ status, subnet file
+//!   audit ──────┘            └─ dirty ─────▶ full ──┘
+//!                                 ▲ retry, with backoff
+//! ```
+//!
+//! Only channel receipts and timers stand in the loop's `select!`, so nothing
+//! that is dropped there is lost.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use flannel_core::chain::chain;
+use flannel_core::diff::Step;
+use flannel_core::firewall::{self, Ruleset, Wanted};
+use flannel_core::host::{Ensured, Failure, Firewall, HostError, Network};
+use flannel_core::keeper::LeaseKeeper;
+use flannel_core::lease::{Expiry, HeldLease, Lease, Subnet, Tenure};
+use flannel_core::network::NetworkConfig;
+use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
+use flannel_core::subnet_env::SubnetEnv;
+use flannel_core::underlay::Interface;
+use flannel_core::view::{Applied, Change, LeaseView};
+use ipnetwork::IpNetwork;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::health::{Aspect, Status};
+use crate::lease::{acquire, delays};
+use crate::reconcile::{Outcome, Reconciler};
+use crate::subnet_file::SubnetFile;
+
+mod said;
+
+use said::Said;
+
+/// How often between two renewals a value of our own lease that somebody changed is put right: two agents must not
+/// fight for ever.
+const REWRITES: u32 = 3;
+
+/// Between attempts that fail again and again.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// What an agent is made of, beside the firewall.
+pub struct Parts<S, N> {
+    /// Where leases are kept.
+    pub store: Arc<S>,
+    /// The kernel, with the plans for it.
+    pub reconciler: Reconciler<N>,
+    /// The cluster's agreement.
+    pub config: NetworkConfig,
+    /// Our own lease.
+    pub held: HeldLease,
+    /// The file for dockerd.
+    pub file: SubnetFile,
+    /// What the operator chose.
+    pub options: Options,
+    /// Where the agent tells how it is doing.
+    pub status: watch::Sender<Status>,
+    /// Called once, when the host's path to the cluster stands.
+    pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// What the operator chose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which traffic rules.
+    pub wanted: Wanted,
+    /// Networks of an earlier run, whose rules go.
+    pub former: Vec<IpNetwork>,
+    /// Between checks of the rules.
+    pub rules_interval: Duration,
+    /// Between full comparisons.
+    pub audit_interval: Duration,
+    /// Latest renewal before a lease ends.
+    pub renew_margin: Duration,
+}
+
+/// Something that happened.
+enum Input {
+    Store(Result<LeaseEvent, StoreError>),
+    Renewed(Result<Expiry, StoreError>),
+    Restored(Result<HeldLease, StoreError>),
+    Acquired(HeldLease),
+    Rules(Result<Ensured, HostError>),
+}
+
+/// What is being done about our own lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tenancy {
+    Held,
+    Renewing,
+    /// It vanished; it is being put back.
+    Restoring,
+    /// Somebody else has it; another one is being taken.
+    Moving,
+}
+
+/// One host's agent.
+pub struct Agent<S, N, F> {
+    parts: Parts<S, N>,
+    firewall: Option<F>,
+    view: LeaseView,
+    keeper: LeaseKeeper,
+    tenancy: Tenancy,
+    /// Whether a snapshot has been seen: before that nothing is written to the kernel.
+    listed: bool,
+    dirty: bool,
+    retry: Option<Instant>,
+    delays: Box<dyn Iterator<Item = Duration> + Send>,
+    rules: watch::Sender<Ruleset>,
+    rules_seen: bool,
+    /// Whether the host's own device and address stand, whatever single peers lack.
+    node_stands: bool,
+    /// How often yet a value of our lease that somebody changed is put right.
+    rewrites_left: u32,
+    /// Whether somebody else keeps writing to our lease.
+    disputed: bool,
+    /// A subnet that we had to give up.
+    former: Option<Subnet>,
+    /// When the subnet file is to be written; not before the host's own part stands.
+    file_due: Option<Instant>,
+    said: Said,
+    inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+    /// All tasks of the agent; dropping it ends them.
+    tasks: JoinSet<()>,
+}
+
+impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
+    /// An agent that has done nothing yet.
+    pub fn new(parts: Parts<S, N>, firewall: F) -> Self {
+        let keeper = LeaseKeeper::new(parts.options.renew_margin, parts.held.expiry, now());
+        parts.status.send_modify(|status| status.lease = Aspect::Good);
+        Self {
+            rules: watch::Sender::new(ruleset(&parts)),
+            firewall: Some(firewall),
+            view: LeaseView::default(),
+            keeper,
+            tenancy: Tenancy::Held,
+            listed: false,
+            dirty: true,
+            retry: None,
+            delays: Box::new(delays()),
+            rules_seen: false,
+            node_stands: false,
+            rewrites_left: REWRITES,
+            disputed: false,
+            former: None,
+            file_due: Some(Instant::now()),
+            said: Said::default(),
+            inputs: mpsc::channel(256),
+            tasks: JoinSet::new(),
+            parts,
+        }
+    }
+
+    /// Runs until `stop`; leaves the kernel, the lease and the file as they are.
+    ///
+    /// A pass under way is dropped: what it has not done, the next start does.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = self.work() => {}
+        }
+    }
+
+    async fn work(mut self) {
+        self.said.lease(&self.parts.held, self.keeper.expiry());
+        self.spawn_pump();
+        self.spawn_rules();
+        let audits = self.parts.options.audit_interval;
+        let mut audit = tokio::time::interval_at(Instant::now() + audits, audits);
+        audit.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let renewal = self.keeper.next_renewal().filter(|_| self.tenancy == Tenancy::Held);
+            let file_due = self.file_due.filter(|_| self.node_stands && self.rules_seen);
+            tokio::select! {
+                // The timers first: a store that never pauses must not keep a lease from being renewed.
+                biased;
+                () = at(renewal.map(Instant::from_std)) => self.renew(),
+                () = at(file_due) => self.write_file(),
+                () = at(self.retry) => self.dirty = true,
+                _ = audit.tick() => self.dirty = true,
+                Some(ended) = self.tasks.join_next() => settle_task(ended),
+                Some(input) = self.inputs.1.recv() => self.take(input).await,
+            }
+            self.settle().await;
+        }
+    }
+
+    async fn take(&mut self, input: Input) {
+        match input {
+            Input::Store(Ok(event)) => self.take_event(event).await,
+            Input::Store(Err(error)) => {
+                warn!(error = %chain(&error), "the store is away; the kernel stays as it is");
+            }
+            Input::Renewed(result) => self.take_renewal(result),
+            Input::Restored(result) => self.take_restored(result),
+            Input::Acquired(held) => self.hold(held),
+            Input::Rules(result) => self.take_rules(result),
+        }
+    }
+
+    async fn take_event(&mut self, event: LeaseEvent) {
+        match &event {
+            LeaseEvent::Snapshot(snapshot) => {
+                self.said.only_unreadable(&snapshot.unreadable);
+                snapshot.unreadable.iter().for_each(|key| self.said.unreadable(key));
+                self.listed = true;
+            }
+            LeaseEvent::Unreadable(key) => self.said.unreadable(key),
+            LeaseEvent::Put(Lease { subnet, .. }) | LeaseEvent::Removed(subnet) => {
+                self.said.readable(*subnet)
+            }
+        }
+        match self.view.apply(event) {
+            Applied::Nothing => {}
+            Applied::Everything => self.dirty = true,
+            Applied::One(change) => {
+                if change
+                    .before
+                    .as_ref()
+                    .or(change.after.as_ref())
+                    .is_some_and(|peer| peer.subnet != self.own())
+                {
+                    self.said.peer(&change);
+                }
+                self.patch(&change).await;
+            }
+        }
+    }
+
+    /// Compares what the store says of our own lease with what we hold, as
+    /// one compares the kernel with the plan: whatever event or snapshot
+    /// brought it, and also when it came while we were busy with the lease.
+    fn check_own(&mut self) {
+        if !self.listed || self.tenancy != Tenancy::Held {
+            return;
+        }
+        let ours = &self.parts.held.lease;
+        let Some(published) = self.view.get(&ours.subnet) else {
+            return self.restore("our lease vanished from the store");
+        };
+        if published == *ours {
+            if std::mem::take(&mut self.disputed) {
+                self.parts.status.send_modify(|status| status.lease = Aspect::Good);
+            }
+        } else if published.attrs.public_ip != ours.attrs.public_ip {
+            self.restore("our lease was overwritten in the store");
+        } else if published.attrs == ours.attrs {
+            info!(subnet = %ours.subnet, tenure = ?published.tenure, "the tenure of our lease was changed in the store");
+            match published.tenure {
+                // Renewing gives the etcd lease back that nothing hangs on any more, and learns that there is no end.
+                Tenure::Reserved => {
+                    self.parts.held.lease.tenure = Tenure::Reserved;
+                    self.renew();
+                }
+                // Putting back takes over what stands there, with its end.
+                Tenure::Leased => self.restore("our lease is no reservation any more"),
+            }
+        } else if self.rewrites_left > 0 {
+            self.rewrites_left -= 1;
+            self.restore("our lease says what we did not write");
+        } else if !std::mem::replace(&mut self.disputed, true) {
+            let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
+            error!(
+                %published,
+                %ours, "somebody keeps writing to our lease: another agent with our public address?"
+            );
+            let pending = "somebody keeps writing other values to our lease".into();
+            self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+        }
+    }
+
+    fn renew(&mut self) {
+        self.tenancy = Tenancy::Renewing;
+        let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
+        self.spawn(async move { Input::Renewed(store.renew(&held).await) });
+    }
+
+    fn take_renewal(&mut self, result: Result<Expiry, StoreError>) {
+        self.tenancy = Tenancy::Held;
+        match result {
+            Ok(expiry) => {
+                self.said.renewed(self.own(), expiry);
+                (self.rewrites_left, self.disputed) = (REWRITES, false);
+                self.keeper.renewed(expiry, now());
+                self.parts.status.send_modify(|status| status.lease = Aspect::Good);
+            }
+            Err(StoreError::Lost { .. }) => self.restore("our lease ran out in the store"),
+            Err(error) => {
+                self.said.renewal(self.own(), self.keeper.expiry(), &error);
+                self.keeper.failed(now());
+                if matches!(self.keeper.expiry(), Expiry::At(end) if end <= now()) {
+                    let pending = "our lease has run out and cannot be renewed".into();
+                    self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+                }
+            }
+        }
+    }
+
+    fn restore(&mut self, why: &str) {
+        warn!(subnet = %self.own(), "{why}; putting it back");
+        self.tenancy = Tenancy::Restoring;
+        let pending = format!("{why}; it is being put back");
+        self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+        let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
+        self.spawn(async move {
+            let (mut said, mut waits) = (None, delays());
+            loop {
+                match store.restore(&held).await {
+                    Ok(held) => return Input::Restored(Ok(held)),
+                    Err(error @ StoreError::Lost { .. }) => return Input::Restored(Err(error)),
+                    Err(error) => {
+                        if said.replace(error.trouble()) != Some(error.trouble()) {
+                            warn!(error = %chain(&error), "the lease cannot be put back yet; trying again");
+                        }
+                        tokio::time::sleep(waits.next().unwrap_or(LONGEST_WAIT)).await;
+                    }
+                }
+            }
+        });
+    }
+
+    fn take_restored(&mut self, result: Result<HeldLease, StoreError>) {
+        let error = match result {
+            Ok(held) => {
+                info!(subnet = %held.lease.subnet, "the lease is back");
+                return self.hold(held);
+            }
+            Err(error) => error,
+        };
+        let (subnet, us) = (self.own(), self.parts.held.lease.attrs.public_ip);
+        error!(%subnet, us = %us.unwrap_or(Ipv4Addr::UNSPECIFIED), error = %chain(&error), "this subnet is not ours any more; taking another one");
+        let pending = format!("the lease on {subnet} is lost, another one is being taken");
+        self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+        self.tenancy = Tenancy::Moving;
+        let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
+        let attrs = self.parts.held.lease.attrs.clone();
+        self.spawn(async move {
+            loop {
+                // A config that is another one now needs a restart; until then we go by the one we have.
+                if let Ok(held) = acquire(&*store, &config, &attrs, None).await {
+                    return Input::Acquired(held);
+                }
+            }
+        });
+    }
+
+    fn hold(&mut self, held: HeldLease) {
+        let former = self.own();
+        self.tenancy = Tenancy::Held;
+        self.keeper = LeaseKeeper::new(self.parts.options.renew_margin, held.expiry, now());
+        // The store's own word of it may still be under way.
+        self.view.apply(LeaseEvent::Put(held.lease.clone()));
+        self.parts.held = held;
+        self.parts.status.send_modify(|status| status.lease = Aspect::Good);
+        if former != self.own() {
+            self.move_from(former);
+        }
+    }
+
+    /// Our subnet is another one now, and everything that follows from it.
+    fn move_from(&mut self, former: Subnet) {
+        warn!(
+            subnet = %self.own(), %former,
+            "this host has another subnet now: containers on the former one cannot be reached; \
+             `systemctl restart flanneld docker` moves docker's bridge"
+        );
+        self.parts.status.send_modify(|status| {
+            status.file = Aspect::Pending("the subnet file still names our former subnet".into());
+            status.rules = Aspect::Pending("the traffic rules are still for our former subnet".into());
+        });
+        self.parts.reconciler.set_lease(self.parts.held.lease.clone());
+        self.node_stands = false;
+        self.rules_seen = false;
+        self.file_due = Some(Instant::now());
+        self.former = Some(former);
+        self.rules.send_replace(ruleset(&self.parts));
+        self.dirty = true;
+    }
+
+    /// Whether a bridge is still on the subnet that we had to give up.
+    fn check_bridge(&mut self, interfaces: &[Interface]) {
+        let Some(former) = self.former else { return };
+        let inside = |address: IpAddr| former.networks().any(|former| former.contains(address));
+        let is_left = |interface: &&Interface| {
+            let ours = self.parts.reconciler.owns(interface.name);
+            !ours && interface.addresses.iter().any(|own| inside(own.network.ip()))
+        };
+        let bridge = match interfaces.iter().find(is_left) {
+            Some(interface) => {
+                Aspect::Pending(format!("{} still has {former}, which is not ours", interface.name))
+            }
+            None => Aspect::Good,
+        };
+        self.parts.status.send_modify(|status| status.bridge = bridge);
+    }
+
+    fn take_rules(&mut self, result: Result<Ensured, HostError>) {
+        self.rules_seen = true;
+        if result.is_ok() && !self.parts.options.former.is_empty() {
+            // Rules of a former network are gone; from now on they may be somebody else's.
+            self.parts.options.former.clear();
+            self.rules.send_replace(ruleset(&self.parts));
+        }
+        let aspect = match &result {
+            Ok(_) => Aspect::Good,
+            // Nothing to install and nothing to install it with is as it should be.
+            Err(HostError::Missing { .. }) if self.parts.options.wanted.nothing() => Aspect::Good,
+            Err(error) => Aspect::Pending(format!("firewall pending: {}", chain(error))),
+        };
+        self.said.rules(&result, &aspect);
+        self.parts.status.send_modify(|status| status.rules = aspect);
+    }
+
+    async fn patch(&mut self, change: &Change) {
+        if self.dirty || !self.listed {
+            self.dirty = true;
+            return;
+        }
+        match self.parts.reconciler.patch(change, &self.view).await {
+            Ok(Some(outcome)) => self.take_outcome(outcome),
+            Ok(None) => self.dirty = true,
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    /// Does what has been put off until now.
+    async fn settle(&mut self) {
+        self.check_own();
+        if self.dirty && self.listed {
+            self.dirty = false;
+            self.retry = None;
+            match self.parts.reconciler.full(&self.view).await {
+                Ok(outcome) => self.take_outcome(outcome),
+                Err(error) => self.broken(&error),
+            }
+        }
+    }
+
+    fn take_outcome(&mut self, outcome: Outcome) {
+        let full = outcome.planned.is_none();
+        self.said.skipped(&outcome);
+        if full {
+            self.said.strays(&outcome);
+            self.check_bridge(&outcome.interfaces);
+        }
+        if let Some(first) = outcome.report.failures.first() {
+            self.node_stands |= full && !outcome.report.failures.iter().any(concerns_node);
+            self.said.refused(first, outcome.report.failures.len() - 1);
+            let pending = format!("the kernel refused to {}: {}", first.step, first.reason);
+            self.parts.status.send_modify(|status| status.host = Aspect::Pending(pending));
+            self.try_again();
+        } else if full {
+            self.node_stands = true;
+            self.delays = Box::new(delays());
+            self.said.in_sync(&outcome, self.view.count_peers(self.own()));
+            self.parts.status.send_modify(|status| status.host = Aspect::Good);
+        }
+    }
+
+    /// The kernel cannot be read or written at all.
+    fn broken(&mut self, error: &HostError) {
+        self.said.broken(error);
+        let pending = format!("the kernel is not in step: {}", chain(error));
+        self.parts.status.send_modify(|status| status.host = Aspect::Pending(pending));
+        self.try_again();
+    }
+
+    /// Has a full pass made in a while; a little later each time in a row.
+    fn try_again(&mut self) {
+        if self.retry.is_none() {
+            self.retry = Some(Instant::now() + self.delays.next().unwrap_or(LONGEST_WAIT));
+        }
+    }
+
+    fn write_file(&mut self) {
+        let env = SubnetEnv {
+            networks: self.parts.config.networks().collect(),
+            subnet: self.own(),
+            mtu: self.parts.reconciler.mtu(),
+            masquerade: self.parts.options.wanted.masquerade,
+        };
+        let result = self.parts.file.write(&env.to_string());
+        self.said.file(&result, &self.parts.file, &env);
+        match result {
+            Ok(()) => {
+                self.file_due = None;
+                self.parts.status.send_modify(|status| status.file = Aspect::Good);
+                if let Some(on_ready) = self.parts.on_ready.take() {
+                    on_ready();
+                }
+            }
+            Err(error) => {
+                let pending = chain(&error);
+                self.parts.status.send_modify(|status| status.file = Aspect::Pending(pending));
+                self.file_due = Some(Instant::now() + LONGEST_WAIT);
+            }
+        }
+    }
+
+    fn own(&self) -> Subnet {
+        self.parts.held.lease.subnet
+    }
+
+    /// Moves events from the store's watch, which must not be dropped half-way, into the channel.
+    fn spawn_pump(&mut self) {
+        let (mut watch, inputs) = (self.parts.store.watch(), self.inputs.0.clone());
+        self.tasks.spawn(async move { while inputs.send(Input::Store(watch.next().await)).await.is_ok() {} });
+    }
+
+    /// Checks the traffic rules again and again, and at once when they are to be others.
+    fn spawn_rules(&mut self) {
+        let Some(mut firewall) = self.firewall.take() else { return };
+        let (mut rules, inputs) = (self.rules.subscribe(), self.inputs.0.clone());
+        let every = self.parts.options.rules_interval;
+        self.tasks.spawn(async move {
+            loop {
+                let ruleset = rules.borrow_and_update().clone();
+                if inputs.send(Input::Rules(firewall.ensure(&ruleset).await)).await.is_err() {
+                    return;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(every) => {}
+                    changed = rules.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+    }
+
+    fn spawn(&mut self, work: impl Future<Output = Input> + Send + 'static) {
+        let inputs = self.inputs.0.clone();
+        self.tasks.spawn(async move {
+            // A closed channel means that the agent has stopped.
+            drop(inputs.send(work.await).await);
+        });
+    }
+}
+
+fn ruleset<S, N: Network>(parts: &Parts<S, N>) -> Ruleset {
+    let pool = parts.config.v4.as_ref().expect("a config without IPv4 is refused before an agent is made");
+    let subnet = parts.held.lease.subnet.v4().expect("a lease has a prefix of every family of the config");
+    firewall::rules(pool.network, subnet.into(), parts.options.wanted, parts.options.former.clone())
+}
+
+/// A bug in a task is a bug in the agent: the supervisor starts us again, the kernel goes on meanwhile.
+fn settle_task(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Whether a failure leaves the host itself without its path, not just one peer.
+fn concerns_node(failure: &Failure) -> bool {
+    matches!(
+        failure.step,
+        Step::AddLink(..) | Step::ChangeLink(..) | Step::RemoveLink(..) | Step::AddAddress(..)
+    )
+}
+
+/// Now, on the clock that tests can pause.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,212 @@
+//! What the log has been told last, so that it hears of changes only.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flannel_core::chain::chain;
+use flannel_core::host::{Ensured, Failure, HostError};
+use flannel_core::lease::{Expiry, HeldLease, Subnet};
+use flannel_core::store::{StoreError, Unreadable};
+use flannel_core::subnet_env::SubnetEnv;
+use flannel_core::view::Change;
+use ipnetwork::IpNetwork;
+use tracing::{debug, error, info, warn};
+
+use crate::health::Aspect;
+use crate::reconcile::Outcome;
+use crate::subnet_file::{SubnetFile, SubnetFileError};
+
+/// How many keys that are no lease are remembered.
+const MOST_UNREADABLE: usize = 1000;
+
+#[derive(Default)]
+pub(super) struct Said {
+    skipped: BTreeMap<Subnet, String>,
+    /// Reason and subnet by key.
+    unreadable: BTreeMap<String, (String, Option<Subnet>)>,
+    strays: BTreeSet<IpNetwork>,
+    /// Peers since the last full pass.
+    joined: usize,
+    left: usize,
+    changed: usize,
+    trouble: Option<String>,
+    in_sync: bool,
+    renewal: Option<String>,
+    rules: Option<String>,
+    file: Option<String>,
+}
+
+/// Keeps `words`; whether they are new.
+fn is_new(last: &mut Option<String>, words: &str) -> bool {
+    let new = last.as_deref() != Some(words);
+    *last = Some(words.into());
+    new
+}
+
+impl Said {
+    pub(super) fn lease(&self, held: &HeldLease, expiry: Expiry) {
+        let public_ip = held.lease.attrs.public_ip.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED);
+        info!(subnet = %held.lease.subnet, %public_ip, expires_in = %left(expiry), "holding a lease");
+    }
+
+    pub(super) fn renewal(&mut self, subnet: Subnet, expiry: Expiry, error: &StoreError) {
+        let (error, expires_in) = (chain(error), left(expiry));
+        if is_new(&mut self.renewal, &error) {
+            warn!(%subnet, %expires_in, %error, "the lease could not be renewed; trying again every minute");
+        }
+    }
+
+    pub(super) fn renewed(&mut self, subnet: Subnet, expiry: Expiry) {
+        let expires_in = left(expiry);
+        match self.renewal.take() {
+            Some(_) => info!(%subnet, %expires_in, "the lease is renewed again"),
+            None => debug!(%subnet, %expires_in, "lease renewed"),
+        }
+    }
+
+    pub(super) fn unreadable(&mut self, key: &Unreadable) {
+        let told = self.unreadable.get(&key.key).is_some_and(|(reason, _)| *reason == key.reason);
+        if !told {
+            warn!(key = %key.key, reason = %key.reason, "skipping a key that is no lease");
+            // Whoever fills the store with junk does not fill our memory.
+            if self.unreadable.len() >= MOST_UNREADABLE {
+                self.unreadable.clear();
+            }
+            self.unreadable.insert(key.key.clone(), (key.reason.clone(), key.subnet));
+        }
+    }
+
+    /// Forgets the keys that are not in a snapshot any more.
+    pub(super) fn only_unreadable(&mut self, keys: &[Unreadable]) {
+        self.unreadable.retain(|key, _| keys.iter().any(|other| other.key == *key));
+    }
+
+    /// The key of that subnet is a lease again, or gone.
+    pub(super) fn readable(&mut self, subnet: Subnet) {
+        self.unreadable.retain(|_, (_, other)| *other != Some(subnet));
+    }
+
+    /// Peers that are left out, and those that no longer are.
+    pub(super) fn skipped(&mut self, outcome: &Outcome) {
+        for peer in &outcome.skipped {
+            if self.skipped.get(&peer.subnet) != Some(&peer.reason) {
+                warn!(subnet = %peer.subnet, reason = %peer.reason, "skipping a peer");
+            }
+        }
+        match &outcome.planned {
+            Some(planned) => self.skipped.retain(|subnet, _| !planned.contains(subnet)),
+            None => self.skipped.clear(),
+        }
+        let now = outcome.skipped.iter().map(|peer| (peer.subnet, peer.reason.clone()));
+        self.skipped.extend(now);
+    }
+
+    /// Routes that lead into the network and are nobody's we know.
+    pub(super) fn strays(&mut self, outcome: &Outcome) {
+        for route in &outcome.strays {
+            if !self.strays.contains(&route.destination) {
+                warn!(
+                    destination = %route.destination, gateway = ?route.gateway,
+                    "a route into the network that is not ours and leads to no lease; remove it if nobody needs it"
+                );
+            }
+        }
+        self.strays = outcome.strays.iter().map(|route| route.destination).collect();
+    }
+
+    /// One peer came, went or changed: a line each for whoever looks closer,
+    /// a sum with the next full pass for the day's history.
+    pub(super) fn peer(&mut self, change: &Change) {
+        let (subnet, what) = match (&change.before, &change.after) {
+            (None, Some(peer)) => {
+                self.joined += 1;
+                (peer.subnet, "peer joined")
+            }
+            (Some(peer), None) => {
+                self.left += 1;
+                (peer.subnet, "peer left")
+            }
+            (Some(_), Some(peer)) => {
+                self.changed += 1;
+                (peer.subnet, "peer changed")
+            }
+            (None, None) => return,
+        };
+        debug!(%subnet, "{what}");
+    }
+
+    pub(super) fn refused(&mut self, first: &Failure, more: usize) {
+        self.in_sync = false;
+        if is_new(&mut self.trouble, &format!("{}: {}", first.step, first.reason)) {
+            warn!(step = %first.step, reason = %first.reason, more, "the kernel refused a step; trying again");
+        }
+    }
+
+    pub(super) fn broken(&mut self, error: &HostError) {
+        self.in_sync = false;
+        let error = chain(error);
+        if is_new(&mut self.trouble, &error) {
+            error!(%error, "the kernel cannot be read or changed; trying again");
+        }
+    }
+
+    /// `leases` counts the others' leases, those that are skipped too.
+    pub(super) fn in_sync(&mut self, outcome: &Outcome, leases: usize) {
+        let (applied, skipped) = (outcome.report.applied, self.skipped.len());
+        let peers = leases.saturating_sub(skipped);
+        match &outcome.first {
+            Some(first) => info!(applied, %first, peers, skipped, "host in sync"),
+            None if !self.in_sync => info!(applied, peers, skipped, "host in sync"),
+            None => debug!(peers, skipped, "host still in sync"),
+        }
+        let (joined, left, changed) = (self.joined, self.left, self.changed);
+        if joined + left + changed > 0 {
+            info!(joined, left, changed, peers, "peers came, went or changed");
+            (self.joined, self.left, self.changed) = (0, 0, 0);
+        }
+        self.in_sync = true;
+        self.trouble = None;
+    }
+
+    pub(super) fn rules(&mut self, result: &Result<Ensured, HostError>, aspect: &Aspect) {
+        match (result, aspect) {
+            (Err(error), Aspect::Pending(_)) => {
+                let error = chain(error);
+                if is_new(&mut self.rules, &error) {
+                    error!(%error, "firewall pending; trying again");
+                }
+            }
+            (Ok(Ensured::Written), _) => {
+                self.rules = None;
+                info!("traffic rules written");
+            }
+            _ if self.rules.take().is_some() => info!("traffic rules stand again"),
+            _ => {}
+        }
+    }
+
+    pub(super) fn file(&mut self, result: &Result<(), SubnetFileError>, file: &SubnetFile, env: &SubnetEnv) {
+        match result {
+            Ok(()) => {
+                self.file = None;
+                info!(path = %file.path().display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written");
+            }
+            Err(error) => {
+                let error = chain(error);
+                if is_new(&mut self.file, &error) {
+                    error!(%error, "the subnet file cannot be written; trying again");
+                }
+            }
+        }
+    }
+}
+
+/// How long a lease lasts, for a person.
+fn left(expiry: Expiry) -> String {
+    match expiry {
+        Expiry::Never => "never (it is a reservation)".into(),
+        Expiry::At(end) => {
+            let minutes = end.saturating_duration_since(super::now()).as_secs().div_ceil(60);
+            format!("{}h{:02}m", minutes / 60, minutes % 60)
+        }
+    }
+}
