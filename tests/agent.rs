@@ -1,0 +1,525 @@
+//! Rung 4: the loop, on a store and a kernel in memory, with the clock in hand.
+
+#![allow(clippy::unwrap_used, reason = "the whole target is tests")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use flannel_core::diff::Step;
+use flannel_core::firewall::Wanted;
+use flannel_core::lease::{Expiry, HeldLease, Lease, Tenure};
+use flannel_core::store::{LeaseEvent, Unreadable};
+use flannel_core::underlay::{Interface, InterfaceAddress};
+use flannel_tests::build::{self, peer, subnet};
+use flannel_tests::fake_network::{FakeFirewall, FakeNetwork};
+use flannel_tests::memory_store::{MemoryStore, TERM};
+use flanneld::agent::{Agent, Options, Parts};
+use flanneld::health::{Aspect, Status};
+use flanneld::reconcile::Reconciler;
+use flanneld::subnet_file::SubnetFile;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A running agent and all it touches. Its own lease is 10.5.1.0/24.
+struct Host {
+    store: MemoryStore,
+    network: FakeNetwork,
+    firewall: FakeFirewall,
+    status: watch::Receiver<Status>,
+    directory: tempfile::TempDir,
+    announced: Arc<AtomicUsize>,
+    stop: CancellationToken,
+    agent: JoinHandle<()>,
+}
+
+impl Host {
+    fn start(store: MemoryStore, network: FakeNetwork, firewall: FakeFirewall) -> Self {
+        Self::start_holding(store, network, firewall, peer(1, 1, 1))
+    }
+
+    fn start_holding(store: MemoryStore, network: FakeNetwork, firewall: FakeFirewall, own: Lease) -> Self {
+        let config = build::config(build::VXLAN);
+        let (planner, claim) = build::planner(&config);
+        let directory = tempfile::tempdir().unwrap();
+        let (status, seen) = watch::channel(Status::default());
+        let announced = Arc::new(AtomicUsize::new(0));
+        let count = announced.clone();
+        store.inner().leases.insert(own.subnet, own.clone());
+        let expiry = match own.tenure {
+            Tenure::Leased => Expiry::At((Instant::now() + TERM).into_std()),
+            Tenure::Reserved => Expiry::Never,
+        };
+        let parts = Parts {
+            store: Arc::new(store.clone()),
+            reconciler: Reconciler::new(network.clone(), planner, claim),
+            config,
+            held: HeldLease { lease: own, expiry, handle: 7 },
+            file: SubnetFile::new(directory.path().join("flannel/subnet.env")),
+            options: Options {
+                wanted: Wanted { masquerade: false, random_fully: true, forward: true },
+                former: vec![],
+                rules_interval: Duration::from_secs(5),
+                audit_interval: MINUTE,
+                renew_margin: 60 * MINUTE,
+            },
+            status,
+            on_ready: Some(Box::new(move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            })),
+        };
+        let stop = CancellationToken::new();
+        let agent = tokio::spawn(Agent::new(parts, firewall.clone()).run(stop.clone()));
+        Self { store, network, firewall, status: seen, directory, announced, stop, agent }
+    }
+
+    /// A host in sync with the peers 2 and 3.
+    async fn in_sync() -> Self {
+        let store = MemoryStore::holding([peer(2, 2, 2), peer(3, 3, 3)]);
+        let mut host = Self::start(store, FakeNetwork::default(), FakeFirewall::default());
+        host.ready().await;
+        host
+    }
+
+    async fn ready(&mut self) {
+        self.status.wait_for(|status| status.pending().is_empty()).await.unwrap();
+    }
+
+    async fn not_ready(&mut self) -> String {
+        let status = self.status.wait_for(|status| !status.pending().is_empty()).await.unwrap();
+        status.pending().join("; ")
+    }
+
+    fn file(&self) -> Option<String> {
+        std::fs::read_to_string(self.directory.path().join("flannel/subnet.env")).ok()
+    }
+
+    fn holds(&self, words: &str) -> bool {
+        self.network.printed().contains(words)
+    }
+
+    async fn until_holding(&self, words: &str) {
+        self.network.until(|kernel| kernel.state.to_string().contains(words)).await;
+    }
+
+    fn taken(&self) -> Vec<Step> {
+        std::mem::take(&mut self.network.kernel().taken)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_pass_builds_device_and_peers_then_the_file_then_readiness() {
+    let host = Host::in_sync().await;
+
+    assert!(host.holds("route 10.5.2.0/24") && host.holds("route 10.5.3.0/24"));
+    assert_eq!(
+        host.file().unwrap(),
+        "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    );
+    assert_eq!(host.announced.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_written_before_a_snapshot_was_seen() {
+    let store = MemoryStore::holding([peer(2, 2, 2)]);
+    store.inner().away = true;
+    let mut host = Host::start(store, FakeNetwork::default(), FakeFirewall::default());
+
+    tokio::time::sleep(10 * MINUTE).await;
+
+    assert!(host.taken().is_empty() && host.network.kernel().observed == 0);
+    assert_eq!(host.file(), None);
+    host.store.inner().away = false;
+    host.store.relist();
+    host.ready().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_peer_s_change_is_applied_without_reading_the_kernel_again() {
+    let host = Host::in_sync().await;
+    let observed = host.network.kernel().observed;
+    host.taken();
+
+    host.store.put(peer(4, 4, 4));
+    host.until_holding("route 10.5.4.0/24").await;
+    host.store.put(peer(2, 2, 9));
+    host.until_holding("dst 192.168.0.9").await;
+    host.store.remove(subnet(3));
+    host.network.until(|kernel| !kernel.state.to_string().contains("0e:00:00:00:00:03")).await;
+
+    assert_eq!(host.network.kernel().observed, observed);
+    assert_eq!(host.taken().len(), 3 + 1 + 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_audit_repairs_what_somebody_took_away_and_nothing_else() {
+    let host = Host::in_sync().await;
+    host.taken();
+    host.network.kernel().state.routes.pop_first();
+
+    host.until_holding("route 10.5.2.0/24").await;
+
+    assert_eq!(host.taken().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_somebody_deleted_comes_back_with_its_mac_and_all_peers() {
+    let host = Host::in_sync().await;
+    let before = host.network.printed();
+    host.network.kernel().state.drop_link(build::link("flannel.1"));
+
+    host.until_holding("route 10.5.3.0/24").await;
+
+    assert_eq!(host.network.printed(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_step_does_not_hold_up_the_others_or_the_file_and_is_tried_again() {
+    let network = FakeNetwork::default();
+    network
+        .refuse(|step| step.to_string().starts_with("put route 10.5.2.0").then(|| "Invalid argument".into()));
+    let store = MemoryStore::holding([peer(2, 2, 2), peer(3, 3, 3)]);
+    let mut host = Host::start(store, network, FakeFirewall::default());
+
+    host.until_holding("route 10.5.3.0/24").await;
+    host.status.wait_for(|status| status.file == Aspect::Good).await.unwrap();
+    let words = host.not_ready().await;
+    assert!(words.contains("put route 10.5.2.0/24") && words.contains("Invalid argument"), "{words}");
+    host.network.refuse_nothing();
+
+    host.ready().await;
+    assert!(host.holds("route 10.5.2.0/24"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_cannot_be_made_holds_back_the_file() {
+    let network = FakeNetwork::default();
+    network.refuse(|step| matches!(step, Step::AddLink(..)).then(|| "File exists".into()));
+    let mut host = Host::start(MemoryStore::default(), network, FakeFirewall::default());
+
+    tokio::time::sleep(MINUTE).await;
+    assert_eq!(host.file(), None);
+    host.network.refuse_nothing();
+
+    host.ready().await;
+    assert!(host.file().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_cannot_be_read_is_not_taken_for_an_empty_one() {
+    let mut host = Host::in_sync().await;
+    host.taken();
+    let before = host.network.printed();
+    host.network.kernel().broken.extend(["no buffer space".into(), "no buffer space".into()]);
+    host.store.relist();
+
+    let words = host.not_ready().await;
+
+    assert!(words.contains("no buffer space"), "{words}");
+    host.ready().await;
+    assert_eq!((host.network.printed(), host.taken().len()), (before, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lease_is_renewed_every_hour_and_a_minute_after_a_failure() {
+    let host = Host::in_sync().await;
+
+    host.store.until(|store| store.renewals == 3).await;
+    let third = Instant::now();
+    host.store.inner().away = true;
+    tokio::time::sleep(60 * MINUTE + MINUTE / 2).await;
+    host.store.inner().away = false;
+    host.store.until(|store| store.renewals == 4).await;
+
+    let waited = third.elapsed();
+    assert!(waited >= 61 * MINUTE && waited < 62 * MINUTE, "{waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reservation_is_never_renewed() {
+    let own = Lease { tenure: Tenure::Reserved, ..peer(1, 1, 1) };
+    let mut host =
+        Host::start_holding(MemoryStore::default(), FakeNetwork::default(), FakeFirewall::default(), own);
+    host.ready().await;
+
+    tokio::time::sleep(100 * 60 * MINUTE).await;
+
+    assert_eq!(host.store.inner().renewals, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_made_a_reservation_while_running_is_no_longer_renewed() {
+    let host = Host::in_sync().await;
+    host.store.put(Lease { tenure: Tenure::Reserved, ..peer(1, 1, 1) });
+
+    tokio::time::sleep(100 * 60 * MINUTE).await;
+
+    // The one call that learns of it.
+    assert_eq!(host.store.inner().renewals, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn our_lease_comes_back_under_the_same_subnet_and_the_kernel_does_not_move() {
+    let host = Host::in_sync().await;
+    host.taken();
+
+    host.store.remove(subnet(1));
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    tokio::time::sleep(2 * MINUTE).await;
+
+    assert_eq!(host.taken(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn our_lease_comes_back_after_a_snapshot_without_it() {
+    let host = Host::in_sync().await;
+    host.store.inner().leases.remove(&subnet(1));
+
+    host.store.relist();
+
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_somebody_else_holds_now_is_left_for_another_one() {
+    let mut host = Host::in_sync().await;
+    let theirs = peer(1, 9, 9);
+
+    host.store.put(theirs.clone());
+    host.until_holding("address 10.5.4.0/32").await;
+    host.ready().await;
+
+    host.until_holding("route 10.5.1.0/24 via 10.5.1.0").await;
+    assert_eq!(host.store.inner().leases[&subnet(1)], theirs);
+    assert!(!host.holds("address 10.5.1.0/32"));
+    assert!(host.file().unwrap().contains("FLANNEL_SUBNET=10.5.4.1/24"));
+    assert_eq!(host.announced.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_that_shows_somebody_else_on_our_subnet_moves_us() {
+    let host = Host::in_sync().await;
+    host.store.inner().leases.insert(subnet(1), peer(1, 9, 9));
+
+    host.store.relist();
+
+    host.until_holding("address 10.5.4.0/32").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_move_has_no_step_refused() {
+    let host = Host::in_sync().await;
+    host.store.put(peer(1, 9, 9));
+
+    host.until_holding("route 10.5.1.0/24 via 10.5.1.0").await;
+
+    assert_eq!(host.status.borrow().host, Aspect::Good);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bridge_that_is_left_on_a_lost_subnet_keeps_us_unready_until_it_moves() {
+    let mut host = Host::in_sync().await;
+    let bridge = |network: &str| Interface {
+        name: build::link("docker0"),
+        mtu: 1450,
+        addresses: vec![InterfaceAddress {
+            network: network.parse().unwrap(),
+            permanent: true,
+            temporary: false,
+            deprecated: false,
+        }],
+    };
+    host.network.kernel().facts.interfaces.push(bridge("10.5.1.1/24"));
+    host.store.put(peer(1, 9, 9));
+    host.status.wait_for(|status| status.bridge != Aspect::Good).await.unwrap();
+
+    let words = host.not_ready().await;
+    assert!(words.contains("docker0 still has 10.5.1.0/24"), "{words}");
+    host.network.kernel().facts.interfaces[1] = bridge("10.5.4.1/24");
+
+    host.ready().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_happens_to_our_lease_while_it_is_being_renewed_is_not_forgotten() {
+    for taken in [false, true] {
+        let host = Host::in_sync().await;
+        host.store.inner().delay = Duration::from_secs(3);
+        host.store.until(|store| store.renewals == 1).await;
+
+        if taken {
+            host.store.put(peer(1, 9, 9));
+            host.until_holding("address 10.5.4.0/32").await;
+        } else {
+            host.store.remove(subnet(1));
+            host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_vanishes_again_while_it_is_put_back_is_put_back_again() {
+    let mut host = Host::in_sync().await;
+    host.store.inner().delay = Duration::from_secs(3);
+
+    for _ in 0..2 {
+        host.store.remove(subnet(1));
+        host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    }
+
+    host.ready().await;
+    assert!(host.store.inner().leases.contains_key(&subnet(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_has_run_out_or_cannot_be_put_back_is_not_called_ready() {
+    let mut renewing = Host::in_sync().await;
+    renewing.store.inner().away = true;
+    let mut restoring = Host::in_sync().await;
+    restoring.store.inner().away = true;
+    restoring.store.remove(subnet(1));
+
+    tokio::time::sleep(26 * 60 * MINUTE).await;
+
+    assert!(renewing.not_ready().await.contains("our lease has run out"));
+    assert!(restoring.not_ready().await.contains("our lease vanished"));
+    for host in [&mut renewing, &mut restoring] {
+        host.store.inner().away = false;
+        host.ready().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_of_our_lease_that_somebody_changed_is_put_right_but_not_for_ever() {
+    let mut host = Host::in_sync().await;
+    let bent = peer(1, 0x77, 1);
+
+    for _ in 0..3 {
+        host.store.put(bent.clone());
+        host.store.until(|store| store.leases[&subnet(1)] == peer(1, 1, 1)).await;
+    }
+    host.ready().await;
+
+    // Somebody who writes it each time we do.
+    let (store, spoiler) = (host.store.clone(), bent.clone());
+    tokio::spawn(async move {
+        loop {
+            store.until(|store| store.leases[&subnet(1)] != spoiler).await;
+            store.put(spoiler.clone());
+        }
+    });
+    let words = host.not_ready().await;
+    tokio::time::sleep(10 * MINUTE).await;
+    assert!(host.not_ready().await.contains("somebody keeps writing"), "{words}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reservation_that_becomes_a_lease_is_kept_alive() {
+    let own = Lease { tenure: Tenure::Reserved, ..peer(1, 1, 1) };
+    let mut host =
+        Host::start_holding(MemoryStore::default(), FakeNetwork::default(), FakeFirewall::default(), own);
+    host.ready().await;
+
+    host.store.put(peer(1, 1, 1));
+
+    host.store.until(|store| store.renewals > 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_away_leaves_the_kernel_as_it_is() {
+    let host = Host::in_sync().await;
+    host.taken();
+    host.store.inner().away = true;
+    host.store.fail_watches();
+
+    tokio::time::sleep(30 * 60 * MINUTE).await;
+
+    assert_eq!(host.taken(), []);
+    host.store.inner().away = false;
+    host.store.inner().leases.insert(subnet(4), peer(4, 4, 4));
+    host.store.relist();
+    host.until_holding("route 10.5.4.0/24").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_cannot_be_read_harms_only_itself() {
+    let host = Host::in_sync().await;
+    let unreadable = |key: &str, subnet| Unreadable { key: key.into(), subnet, reason: "junk".into() };
+
+    host.store.tell(LeaseEvent::Unreadable(unreadable("/subnets/junk", None)));
+    host.store.tell(LeaseEvent::Unreadable(unreadable("/subnets/10.5.2.0-24", Some(subnet(2)))));
+    host.network.until(|kernel| !kernel.state.to_string().contains("10.5.2.0")).await;
+
+    assert!(host.holds("route 10.5.3.0/24"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_changes_nothing() {
+    let host = Host::in_sync().await;
+    let (kernel, file) = (host.network.printed(), host.file());
+    host.taken();
+
+    host.stop.cancel();
+    host.agent.await.unwrap();
+
+    assert_eq!((host.network.printed(), host.network.kernel().taken.len()), (kernel, 0));
+    assert!(host.store.inner().leases.contains_key(&subnet(1)));
+    assert_eq!(std::fs::read_to_string(host.directory.path().join("flannel/subnet.env")).ok(), file);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_does_not_wait_for_a_pass_under_way() {
+    let host = Host::in_sync().await;
+    host.network.kernel().silent = true;
+    host.store.put(peer(4, 4, 4));
+    host.until_holding("route 10.5.4.0/24").await;
+
+    host.stop.cancel();
+
+    tokio::time::timeout(Duration::from_secs(1), host.agent).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_file_that_cannot_be_written_holds_back_readiness_until_it_can() {
+    let store = MemoryStore::default();
+    let mut host = Host::start(store, FakeNetwork::default(), FakeFirewall::default());
+    let in_the_way = host.directory.path().join("flannel");
+    std::fs::write(&in_the_way, "a file where the directory should be").unwrap();
+
+    let status = host.status.wait_for(|status| status.host == Aspect::Good).await.unwrap().clone();
+    assert_ne!(status.file, Aspect::Good);
+    assert_eq!(host.announced.load(Ordering::SeqCst), 0);
+    std::fs::remove_file(in_the_way).unwrap();
+
+    host.ready().await;
+    assert_eq!(host.announced.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rules_that_cannot_be_written_are_named_in_readiness_while_the_rest_goes_on() {
+    let firewall = FakeFirewall::default();
+    firewall.inner.lock().unwrap().broken = Some("the lock is held".into());
+    let mut host = Host::start(MemoryStore::holding([peer(2, 2, 2)]), FakeNetwork::default(), firewall);
+
+    host.status.wait_for(|status| status.file == Aspect::Good).await.unwrap();
+    let words = host.not_ready().await;
+    assert!(words.contains("firewall pending") && words.contains("the lock is held"), "{words}");
+    host.firewall.inner.lock().unwrap().broken = None;
+
+    host.ready().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn rules_that_somebody_took_away_come_back_with_the_next_check() {
+    let host = Host::in_sync().await;
+    host.firewall.inner.lock().unwrap().rules = None;
+
+    tokio::time::sleep(Duration::from_secs(6)).await;
+
+    let inner = host.firewall.inner.lock().unwrap();
+    assert!(inner.rules.is_some() && inner.writes == 2);
+}

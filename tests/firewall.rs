@@ -1,0 +1,374 @@
+//! The rules stand as flannel's do, through both kinds of iptables.
+//!
+//! Each test runs once with iptables-nft and once with iptables-legacy, each in
+//! a network namespace of its own.
+#![allow(clippy::unwrap_used, reason = "the whole target is tests")]
+
+use std::env;
+use std::fs::{self, Permissions};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+
+use flannel_core::firewall::{Purpose, Ruleset, Wanted, rules};
+use flannel_core::host::{Ensured, Firewall, HostError};
+use flannel_linux::IptablesFirewall;
+use flannel_tests::netns::{Netns, in_netns};
+use flannel_tests::{need, pass_over};
+use ipnetwork::IpNetwork;
+
+/// One kind of iptables, and the programs by which it is asked for.
+#[derive(Clone, Copy)]
+struct Engine {
+    program: &'static str,
+    restorer: &'static str,
+}
+
+const NFT: Engine = Engine { program: "iptables-nft", restorer: "iptables-nft-restore" };
+const LEGACY: Engine = Engine { program: "iptables-legacy", restorer: "iptables-legacy-restore" };
+const NFT_6: Engine = Engine { program: "ip6tables-nft", restorer: "ip6tables-nft-restore" };
+const LEGACY_6: Engine = Engine { program: "ip6tables-legacy", restorer: "ip6tables-legacy-restore" };
+
+const ALL: Wanted = Wanted { masquerade: true, random_fully: true, forward: true };
+
+/// The rules of a node with `subnet` in `network`.
+fn ruleset(network: &str, subnet: &str, wanted: Wanted) -> Ruleset {
+    let prefix = |text: &str| -> IpNetwork { text.parse().unwrap() };
+    rules(prefix(network), prefix(subnet), wanted, vec![])
+}
+
+fn ours(wanted: Wanted) -> Ruleset {
+    ruleset("10.5.0.0/16", "10.5.86.0/24", wanted)
+}
+
+struct Host {
+    netns: Netns,
+    engine: Engine,
+    firewall: IptablesFirewall,
+}
+
+impl Host {
+    async fn ensure(&mut self, rules: &Ruleset) -> Ensured {
+        self.firewall.ensure(rules).await.unwrap()
+    }
+
+    fn iptables(&self, words: &str) -> String {
+        self.netns.run(&format!("{} {words}", self.engine.program))
+    }
+
+    fn rules(&self, purpose: Purpose, chain: &str) -> Vec<String> {
+        let printed = self.iptables(&format!("-t {} -S {chain}", purpose.table()));
+        printed.lines().filter(|line| line.starts_with("-A")).map(str::to_owned).collect()
+    }
+
+    fn has_chain(&self, purpose: Purpose) -> bool {
+        let all = self.iptables(&format!("-t {} -S", purpose.table()));
+        all.lines().any(|line| line == format!("-N {}", purpose.chain()))
+    }
+}
+
+async fn on(engine: Engine, netns: Netns) -> Host {
+    let firewall = IptablesFirewall::with_programs(engine.program, engine.restorer);
+    Host { netns, engine, firewall }
+}
+
+/// Runs the test with both kinds of iptables.
+fn with_both(test: impl AsyncFnOnce(Host) + Copy + Send + 'static) {
+    with_each([NFT, LEGACY], test);
+}
+
+fn with_each(engines: [Engine; 2], test: impl AsyncFnOnce(Host) + Copy + Send + 'static) {
+    for engine in engines {
+        if need(engine.program) && (engine.program.ends_with("nft") || may_lock()) {
+            in_netns(async move |netns| test(on(engine, netns).await).await);
+        }
+    }
+}
+
+/// Whether iptables-legacy may take its lock.
+fn may_lock() -> bool {
+    let writable = |path: &str| fs::OpenOptions::new().create(true).append(true).open(path).is_ok();
+    env::var_os("XTABLES_LOCKFILE").is_some()
+        || writable("/run/xtables.lock")
+        || pass_over("iptables-legacy may not write its lock; name another in XTABLES_LOCKFILE")
+}
+
+const PURPOSES: [Purpose; 2] = [Purpose::Masquerade, Purpose::Forward];
+
+#[test]
+fn the_rules_are_flannel_s() {
+    with_both(async |mut host| {
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        assert_eq!(
+            host.rules(Purpose::Masquerade, "FLANNEL-POSTRTG"),
+            [
+                r#"-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN"#,
+                r#"-A FLANNEL-POSTRTG -s 10.5.86.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN"#,
+                r#"-A FLANNEL-POSTRTG -s 10.5.0.0/16 -d 10.5.86.0/24 -m comment --comment "flanneld masq" -j RETURN"#,
+                r#"-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.86.0/24 -m comment --comment "flanneld masq" -j RETURN"#,
+                r#"-A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#,
+                r#"-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully"#,
+            ]
+        );
+        assert_eq!(
+            host.rules(Purpose::Masquerade, "POSTROUTING"),
+            [r#"-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG"#]
+        );
+        assert_eq!(
+            host.rules(Purpose::Forward, "FLANNEL-FWD"),
+            [
+                r#"-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#,
+                r#"-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#,
+            ]
+        );
+        assert_eq!(
+            host.rules(Purpose::Forward, "FORWARD"),
+            [r#"-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD"#]
+        );
+    });
+}
+
+#[test]
+fn rules_that_stand_are_not_written_again() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        // Writing the chain anew would set its counters back.
+        let words =
+            "-R FLANNEL-FWD 1 -s 10.5.0.0/16 -m comment --comment flanneld#forward -j ACCEPT -c 7 700";
+        let words = words.split(' ').map(|word| word.replace('#', " "));
+        assert!(Command::new(host.engine.program).args(words).status().unwrap().success());
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+
+        assert!(host.iptables("-v -S FLANNEL-FWD").contains("-c 7 700"));
+    });
+}
+
+#[test]
+fn rules_without_random_ports_are_not_written_again() {
+    with_both(async |mut host| {
+        let rules = ours(Wanted { random_fully: false, ..ALL });
+
+        assert_eq!(host.ensure(&rules).await, Ensured::Written);
+        assert_eq!(host.ensure(&rules).await, Ensured::Unchanged);
+    });
+}
+
+#[test]
+fn rules_of_ipv6_stand_and_are_not_written_again() {
+    with_each([NFT_6, LEGACY_6], async |mut host| {
+        let rules = ruleset("fd05::/48", "fd05:0:0:1::/64", ALL);
+
+        assert_eq!(host.ensure(&rules).await, Ensured::Written);
+        assert_eq!(host.ensure(&rules).await, Ensured::Unchanged);
+        assert_eq!(host.rules(Purpose::Masquerade, "FLANNEL-POSTRTG").len(), 6);
+    });
+}
+
+#[test]
+fn flushed_rules_come_back() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let before = host.iptables("-t nat -S");
+        host.iptables("-t nat -F FLANNEL-POSTRTG");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        assert_eq!(host.iptables("-t nat -S"), before);
+    });
+}
+
+#[test]
+fn a_flushed_jump_comes_back_alone() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let before = host.iptables("-t filter -S");
+        host.iptables("-t filter -F FORWARD");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        assert_eq!(host.iptables("-t filter -S"), before);
+    });
+}
+
+#[test]
+fn a_deleted_rule_comes_back_in_its_place() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let before = host.iptables("-t nat -S");
+        host.iptables("-t nat -D FLANNEL-POSTRTG 3");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        assert_eq!(host.iptables("-t nat -S"), before);
+    });
+}
+
+#[test]
+fn forwarding_passes_where_the_policy_is_to_drop() {
+    with_both(async |mut host| {
+        host.iptables("-P FORWARD DROP");
+
+        host.ensure(&ours(ALL)).await;
+
+        let shown = host.iptables("-S FORWARD");
+        let lines: Vec<&str> = shown.lines().collect();
+        assert_eq!(lines[0], "-P FORWARD DROP");
+        assert!(lines[1].ends_with("-j FLANNEL-FWD"), "{shown}");
+    });
+}
+
+#[test]
+fn rules_that_are_switched_off_go_with_chain_and_jump() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let none = ours(Wanted { masquerade: false, forward: false, ..ALL });
+
+        assert_eq!(host.ensure(&none).await, Ensured::Written);
+
+        for purpose in PURPOSES {
+            assert!(!host.has_chain(purpose), "{}", purpose.chain());
+            assert_eq!(host.rules(purpose, purpose.parent()), Vec::<String>::new());
+        }
+        assert_eq!(host.ensure(&none).await, Ensured::Unchanged);
+    });
+}
+
+#[test]
+fn nothing_wanted_leaves_nothing() {
+    with_both(async |mut host| {
+        let none = ours(Wanted { masquerade: false, forward: false, ..ALL });
+
+        assert_eq!(host.ensure(&none).await, Ensured::Unchanged);
+
+        assert!(!PURPOSES.iter().any(|purpose| host.has_chain(*purpose)));
+    });
+}
+
+#[test]
+fn what_others_put_into_the_built_in_chains_stays() {
+    with_both(async |mut host| {
+        host.iptables("-t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+        host.iptables("-A FORWARD -i docker0 -j ACCEPT");
+
+        host.ensure(&ours(ALL)).await;
+        host.ensure(&ours(Wanted { masquerade: false, forward: false, ..ALL })).await;
+
+        assert_eq!(
+            host.rules(Purpose::Masquerade, "POSTROUTING"),
+            ["-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE"]
+        );
+        assert_eq!(host.rules(Purpose::Forward, "FORWARD"), ["-A FORWARD -i docker0 -j ACCEPT"]);
+    });
+}
+
+#[test]
+fn two_agents_with_two_networks_share_the_chains_in_peace() {
+    with_both(async |mut host| {
+        let other = ruleset("10.9.0.0/16", "10.9.1.0/24", ALL);
+        host.ensure(&ours(ALL)).await;
+        host.ensure(&other).await;
+        host.ensure(&ours(ALL)).await;
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert_eq!(host.ensure(&other).await, Ensured::Unchanged);
+
+        let forward = host.rules(Purpose::Forward, "FLANNEL-FWD");
+        assert_eq!(forward.iter().filter(|rule| rule.contains("10.5.0.0/16")).count(), 2);
+        assert_eq!(forward.iter().filter(|rule| rule.contains("10.9.0.0/16")).count(), 2);
+        for purpose in PURPOSES {
+            assert_eq!(host.rules(purpose, purpose.parent()).len(), 1);
+        }
+    });
+}
+
+#[test]
+fn the_rules_of_a_former_network_go() {
+    with_both(async |mut host| {
+        host.ensure(&ruleset("10.9.0.0/16", "10.9.1.0/24", ALL)).await;
+        let rules = Ruleset { former: vec!["10.9.0.0/16".parse().unwrap()], ..ours(ALL) };
+
+        host.ensure(&rules).await;
+
+        assert!(!host.iptables("-t nat -S").contains("10.9."));
+        assert!(!host.iptables("-t filter -S").contains("10.9."));
+    });
+}
+
+#[test]
+fn rules_of_an_older_flannel_in_our_chain_are_replaced() {
+    with_both(async |mut host| {
+        host.iptables("-N FLANNEL-FWD");
+        for side in ["-s", "-d"] {
+            host.iptables(&format!("-A FLANNEL-FWD {side} 10.5.0.0/16 -j ACCEPT"));
+        }
+
+        assert_eq!(host.ensure(&ours(Wanted { masquerade: false, ..ALL })).await, Ensured::Written);
+
+        assert_eq!(host.rules(Purpose::Forward, "FLANNEL-FWD").len(), 2);
+    });
+}
+
+#[test]
+fn a_restore_that_fails_is_an_error_with_its_own_words() {
+    with_both(async |host| {
+        // A listing program knows no --noflush.
+        let programs = (host.engine.program, "iptables-legacy-save");
+        let mut firewall = IptablesFirewall::with_programs(programs.0, programs.1);
+
+        let error = firewall.ensure(&ours(ALL)).await.unwrap_err();
+
+        let HostError::Broken { operation, source } = error else { panic!("{error:?}") };
+        assert_eq!(operation, "cannot write the rules");
+        assert!(source.to_string().contains("noflush"), "{source}");
+    });
+}
+
+#[test]
+fn a_lock_that_somebody_holds_is_an_error_in_the_end() {
+    in_netns(async |netns| {
+        if !need("iptables-legacy") || !need("flock") {
+            return;
+        }
+        // With a lock file of its own the test holds nobody else up.
+        let directory = tempfile::tempdir().unwrap();
+        let lock = directory.path().join("lock");
+        let script = directory.path().join("iptables");
+        let text = format!("#!/bin/sh\nXTABLES_LOCKFILE={} exec iptables-legacy \"$@\"\n", lock.display());
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+        let program: &'static str = script.display().to_string().leak();
+        netns.run(&format!("{program} -S"));
+        let mut holder = Command::new("flock")
+            .args([lock.as_os_str(), "sh".as_ref(), "-c".as_ref(), "echo held; read line".as_ref()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        holder.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
+        let mut firewall = IptablesFirewall::with_programs(program, LEGACY.restorer);
+
+        let error = firewall.ensure(&ours(ALL)).await.unwrap_err();
+
+        drop(holder.stdin.take());
+        holder.wait().unwrap();
+        let HostError::Broken { source, .. } = error else { panic!("{error:?}") };
+        assert!(source.to_string().contains("xtables lock"), "{source}");
+    });
+}
+
+#[test]
+fn a_missing_restore_is_told_with_a_remedy() {
+    with_both(async |host| {
+        let programs = (host.engine.program, "no-such-restore");
+        let mut firewall = IptablesFirewall::with_programs(programs.0, programs.1);
+
+        let error = firewall.ensure(&ours(ALL)).await.unwrap_err();
+
+        assert!(
+            matches!(&error, HostError::Missing { missing, .. } if missing == "no-such-restore"),
+            "{error}"
+        );
+    });
+}

@@ -1,0 +1,40 @@
+//! The bench that the test targets stand on: a store in memory, a small kernel
+//! in memory, and real parts to start and stop.
+
+pub mod build;
+pub mod etcd;
+pub mod fake_network;
+pub mod lab;
+pub mod memory_store;
+pub mod netns;
+
+use std::io::Write;
+
+/// Whether a tool is on this machine. A test without its tool says so and is
+/// passed over; with `REQUIRE_ALL=1` it fails instead.
+///
+/// # Panics
+/// If the tool is missing and `REQUIRE_ALL=1`.
+pub fn need(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|directory| directory.join(tool).is_file()) {
+        return true;
+    }
+    pass_over(&format!("{tool} is not installed"))
+}
+
+/// Says why a test is passed over, or fails it with `REQUIRE_ALL=1`; never true.
+///
+/// # Panics
+/// If `REQUIRE_ALL=1`.
+pub fn pass_over(reason: &str) -> bool {
+    assert!(std::env::var("REQUIRE_ALL").as_deref() != Ok("1"), "{reason}, and REQUIRE_ALL=1");
+    announce(reason);
+    false
+}
+
+/// Says aloud that a test is passed over.
+pub fn announce(reason: &str) {
+    // The test harness keeps what is printed by macros to itself.
+    drop(writeln!(std::io::stderr(), "PASSED OVER: {reason}"));
+}

@@ -1,0 +1,212 @@
+//! A store in memory: the seam's contract without a server.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
+use flannel_core::network::NetworkConfig;
+use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, Snapshot, StoreError};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+/// How long a lease of this store lasts.
+pub const TERM: Duration = Duration::from_secs(86_400);
+
+/// What the store holds.
+#[derive(Default)]
+pub struct Leases {
+    /// All leases.
+    pub leases: BTreeMap<Subnet, Lease>,
+    /// Whether it answers.
+    pub away: bool,
+    /// How often a lease was renewed.
+    pub renewals: usize,
+    /// How long answers to renewing and restoring are on their way.
+    pub delay: Duration,
+    watchers: Vec<mpsc::UnboundedSender<Result<LeaseEvent, StoreError>>>,
+}
+
+/// A handle on a store in memory.
+#[derive(Clone, Default)]
+pub struct MemoryStore {
+    inner: Arc<Mutex<Leases>>,
+    changes: Arc<watch::Sender<usize>>,
+}
+
+impl MemoryStore {
+    /// A store with these leases.
+    pub fn holding(leases: impl IntoIterator<Item = Lease>) -> Self {
+        let store = Self::default();
+        leases.into_iter().for_each(|lease| store.put(lease));
+        store
+    }
+
+    /// What it holds, to look into.
+    ///
+    /// # Panics
+    /// A test has panicked while it held the store.
+    pub fn inner(&self) -> MutexGuard<'_, Leases> {
+        self.inner.lock().expect("no test panics while it holds the store")
+    }
+
+    /// Somebody puts a lease.
+    pub fn put(&self, lease: Lease) {
+        self.inner().leases.insert(lease.subnet, lease.clone());
+        self.tell(LeaseEvent::Put(lease));
+    }
+
+    /// Somebody deletes a lease.
+    pub fn remove(&self, subnet: Subnet) {
+        self.inner().leases.remove(&subnet);
+        self.tell(LeaseEvent::Removed(subnet));
+    }
+
+    /// History is compacted: all watchers get a snapshot.
+    pub fn relist(&self) {
+        let leases = self.inner().leases.values().cloned().collect();
+        self.tell(LeaseEvent::Snapshot(Snapshot { leases, unreadable: vec![] }));
+    }
+
+    /// Tells all watchers.
+    pub fn tell(&self, event: LeaseEvent) {
+        self.inner().watchers.retain(|watcher| watcher.send(Ok(event.clone())).is_ok());
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Tells all watchers that the store is away.
+    pub fn fail_watches(&self) {
+        self.inner().watchers.retain(|watcher| watcher.send(Err(unreachable())).is_ok());
+    }
+
+    /// Resolves once the store holds something that `is_so`.
+    ///
+    /// # Panics
+    /// Never: the sender lives as long as this handle.
+    pub async fn until(&self, mut is_so: impl FnMut(&Leases) -> bool) {
+        let mut changes = self.changes.subscribe();
+        changes.wait_for(|_| is_so(&self.inner())).await.expect("the sender is ours");
+    }
+
+    async fn wait(&self) {
+        let delay = self.inner().delay;
+        tokio::time::sleep(delay).await;
+    }
+
+    fn held(&self, lease: Lease) -> HeldLease {
+        let expiry = match lease.tenure {
+            Tenure::Leased => Expiry::At((Instant::now() + TERM).into_std()),
+            Tenure::Reserved => Expiry::Never,
+        };
+        HeldLease { lease, expiry, handle: 7 }
+    }
+}
+
+/// What a store that is away answers.
+pub fn unreachable() -> StoreError {
+    StoreError::Unreachable { endpoints: "memory".into(), source: "told to be away".into() }
+}
+
+impl LeaseStore for MemoryStore {
+    type Watch = MemoryWatch;
+
+    fn config_key(&self) -> String {
+        "memory".into()
+    }
+
+    async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
+        Ok(crate::build::config(crate::build::VXLAN))
+    }
+
+    async fn acquire(
+        &self,
+        config: &NetworkConfig,
+        attrs: &LeaseAttrs,
+        _previous: Option<Subnet>,
+    ) -> Result<HeldLease, StoreError> {
+        if self.inner().away {
+            return Err(unreachable());
+        }
+        let pool = config.v4.expect("an IPv4 network");
+        let free = (0..pool.capacity()).filter_map(|index| match pool.subnet(index) {
+            Some(ipnetwork::IpNetwork::V4(v4)) => Some(Subnet::V4(v4)),
+            _ => None,
+        });
+        let mut free = free.filter(|subnet| !self.inner().leases.contains_key(subnet));
+        let Some(subnet) = free.next() else {
+            return Err(StoreError::Exhausted {
+                key: "config".into(),
+                network: pool.network.to_string(),
+                subnet_len: pool.subnet_len,
+                leased: self.inner().leases.len(),
+            });
+        };
+        let lease = Lease { subnet, attrs: attrs.clone(), tenure: Tenure::Leased };
+        self.put(lease.clone());
+        Ok(self.held(lease))
+    }
+
+    async fn renew(&self, held: &HeldLease) -> Result<Expiry, StoreError> {
+        if self.inner().away {
+            return Err(unreachable());
+        }
+        self.inner().renewals += 1;
+        self.changes.send_modify(|count| *count += 1);
+        let answer = match self.inner().leases.get(&held.lease.subnet) {
+            Some(lease) => Ok(self.held(lease.clone()).expiry),
+            None => Err(StoreError::Lost { subnet: held.lease.subnet, holder: None }),
+        };
+        self.wait().await;
+        answer
+    }
+
+    async fn restore(&self, held: &HeldLease) -> Result<HeldLease, StoreError> {
+        if self.inner().away {
+            return Err(unreachable());
+        }
+        let standing = self.inner().leases.get(&held.lease.subnet).cloned();
+        let tenure = match &standing {
+            Some(other) if other.attrs.public_ip != held.lease.attrs.public_ip => {
+                return Err(StoreError::Lost { subnet: held.lease.subnet, holder: other.attrs.public_ip });
+            }
+            Some(ours) => ours.tenure,
+            None => Tenure::Leased,
+        };
+        let lease = Lease { tenure, ..held.lease.clone() };
+        if standing.as_ref() != Some(&lease) {
+            self.put(lease.clone());
+        }
+        let answer = Ok(self.held(lease));
+        self.wait().await;
+        answer
+    }
+
+    fn watch(&self) -> MemoryWatch {
+        let (sender, events) = mpsc::unbounded_channel();
+        let mut inner = self.inner();
+        let leases = inner.leases.values().cloned().collect();
+        let first = if inner.away {
+            Err(unreachable())
+        } else {
+            Ok(LeaseEvent::Snapshot(Snapshot { leases, unreadable: vec![] }))
+        };
+        // The receiver is right here, so this cannot fail.
+        drop(sender.send(first));
+        inner.watchers.push(sender);
+        MemoryWatch { events }
+    }
+}
+
+/// The events of a [`MemoryStore`].
+pub struct MemoryWatch {
+    events: mpsc::UnboundedReceiver<Result<LeaseEvent, StoreError>>,
+}
+
+impl LeaseWatch for MemoryWatch {
+    async fn next(&mut self) -> Result<LeaseEvent, StoreError> {
+        match self.events.recv().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        }
+    }
+}
