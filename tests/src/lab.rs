@@ -51,7 +51,14 @@ pub fn flanneld() -> &'static Path {
         let tests = std::env::current_exe().expect("a test has a path");
         let profile = tests.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps");
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "-p", "flanneld"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        // As the tests themselves are built, or cargo would build much of it twice.
+        build.args(["build", "--quiet", "--workspace"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        for (name, _) in std::env::vars_os() {
+            let of_a_package = name.to_string_lossy().starts_with("CARGO_PKG_");
+            if of_a_package || name == "CARGO_MANIFEST_DIR" || name == "CARGO_MANIFEST_PATH" {
+                build.env_remove(name);
+            }
+        }
         if profile.ends_with("release") {
             build.arg("--release");
         }
