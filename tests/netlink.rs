@@ -563,7 +563,7 @@ fn a_device_that_was_deleted_comes_back_with_all_its_peers() {
         host.hold(&peers(3)).await;
         host.run("ip link del flannel.1");
 
-        assert!(host.observe().await.is_empty());
+        assert_eq!(host.observe().await, HostState::default());
 
         host.hold(&peers(3)).await;
     });

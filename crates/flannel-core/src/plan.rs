@@ -101,12 +101,9 @@ impl Planner {
     /// What `change`, which `view` holds already, alters in the plan.
     pub fn replan(&mut self, change: &Change, view: &LeaseView) -> Patch {
         let mut patch = Patch::default();
-        let Some(subnet) = change.after.as_ref().or(change.before.as_ref()).map(|lease| lease.subnet) else {
+        let Some(subnet) = change.subnet().filter(|subnet| *subnet != self.node.lease.subnet) else {
             return patch;
         };
-        if subnet == self.node.lease.subnet {
-            return patch;
-        }
         let plan =
             |lease: &Option<Lease>| lease.as_ref().map(|lease| self.backend.plan_peer(&self.node, lease));
         let (was, is) = (plan(&change.before), plan(&change.after));

@@ -235,16 +235,6 @@ pub struct HostState {
 }
 
 impl HostState {
-    /// How many objects it holds.
-    pub fn len(&self) -> usize {
-        self.links.len() + self.addresses.len() + self.neighbours.len() + self.fdb.len() + self.routes.len()
-    }
-
-    /// Whether it holds nothing.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Takes in everything of `other`; where both have a key, `other` wins.
     pub fn merge(&mut self, other: HostState) {
         self.links.extend(other.links);

@@ -14,6 +14,13 @@ pub struct Change {
     pub after: Option<Lease>,
 }
 
+impl Change {
+    /// Whose lease it is; `None` for a change of nothing.
+    pub fn subnet(&self) -> Option<Subnet> {
+        self.after.as_ref().or(self.before.as_ref()).map(|lease| lease.subnet)
+    }
+}
+
 /// What an event did to the view.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Applied {

@@ -103,7 +103,7 @@ enum Input {
 enum Tenancy {
     Held,
     Renewing,
-    /// It vanished; it is being put back.
+    /// The store says something else of it; that is being put right.
     Restoring,
     /// Somebody else has it; another one is being taken.
     Moving,
@@ -195,7 +195,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 () = at(file_due) => self.write_file(),
                 () = at(self.retry) => self.dirty = true,
                 _ = audit.tick() => self.dirty = true,
-                Some(ended) = self.tasks.join_next() => settle_task(ended),
+                Some(ended) = self.tasks.join_next() => pass_on_panic(ended),
                 Some(input) = self.inputs.1.recv() => self.take(input).await,
             }
             self.settle().await;
@@ -206,7 +206,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         match input {
             Input::Store(Ok(event)) => self.take_event(event).await,
             Input::Store(Err(error)) => {
-                warn!(error = %chain(&error), "the store is away; the kernel stays as it is");
+                warn!(error = %chain(&error), "the leases cannot be watched; the kernel stays as it is");
             }
             Input::Renewed(result) => self.take_renewal(result),
             Input::Restored(result) => self.take_restored(result),
@@ -231,12 +231,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             Applied::Nothing => {}
             Applied::Everything => self.dirty = true,
             Applied::One(change) => {
-                if change
-                    .before
-                    .as_ref()
-                    .or(change.after.as_ref())
-                    .is_some_and(|peer| peer.subnet != self.own())
-                {
+                if change.subnet() != Some(self.own()) {
                     self.said.peer(&change);
                 }
                 self.patch(&change).await;
@@ -314,9 +309,9 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     }
 
     fn restore(&mut self, why: &str) {
-        warn!(subnet = %self.own(), "{why}; putting it back");
+        warn!(subnet = %self.own(), "{why}; putting it right");
         self.tenancy = Tenancy::Restoring;
-        let pending = format!("{why}; it is being put back");
+        let pending = format!("{why}; it is being put right");
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
         self.spawn(async move {
@@ -327,7 +322,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                     Err(error @ StoreError::Lost { .. }) => return Input::Restored(Err(error)),
                     Err(error) => {
                         if said.replace(error.trouble()) != Some(error.trouble()) {
-                            warn!(error = %chain(&error), "the lease cannot be put back yet; trying again");
+                            warn!(error = %chain(&error), "the lease cannot be put right yet; trying again");
                         }
                         tokio::time::sleep(waits.next().unwrap_or(LONGEST_WAIT)).await;
                     }
@@ -339,7 +334,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     fn take_restored(&mut self, result: Result<HeldLease, StoreError>) {
         let error = match result {
             Ok(held) => {
-                info!(subnet = %held.lease.subnet, "the lease is back");
+                info!(subnet = %held.lease.subnet, "the lease is as it should be again");
                 return self.hold(held);
             }
             Err(error) => error,
@@ -559,7 +554,7 @@ fn ruleset<S, N: Network>(parts: &Parts<S, N>) -> Ruleset {
 }
 
 /// A bug in a task is a bug in the agent: the supervisor starts us again, the kernel goes on meanwhile.
-fn settle_task(ended: Result<(), JoinError>) {
+fn pass_on_panic(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && let Ok(panic) = error.try_into_panic()
     {

@@ -9,11 +9,11 @@ use flannel_core::network::NetworkConfig;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use tracing::{info, warn};
 
-/// Delays between attempts: 100 ms at first, 5 s in the end, for ever.
+/// Delays between attempts: 100 ms at first, 5 s at most, for ever. The jitter adds up to as much again.
 pub(crate) fn delays() -> impl Iterator<Item = Duration> + Send {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_secs(5))
+        .with_max_delay(Duration::from_millis(2500))
         .with_jitter()
         .without_max_times()
         .build()

@@ -25,7 +25,7 @@ use flannel_linux::{Family, IptablesFirewall, LinuxNetwork};
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::agent::{Agent, Options, Parts};
 use crate::args::Settings;
@@ -83,7 +83,11 @@ pub async fn run(settings: Settings) -> Result<(), StartError> {
         let listener = health::listen(address)
             .await
             .map_err(failed(format!("listening on {address} for --healthz-port")))?;
-        tokio::spawn(health::serve(listener, seen));
+        tokio::spawn(async move {
+            if let Err(error) = health::serve(listener, seen).await {
+                error!(%error, %address, "the health server has ended");
+            }
+        });
     }
     let agent = tokio::select! {
         // The start may be dropped anywhere: it changes nothing but the store, and that by whole transactions.
