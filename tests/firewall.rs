@@ -1,13 +1,13 @@
 //! The rules stand as flannel's do, through both kinds of iptables.
 //!
 //! Each test runs once with iptables-nft and once with iptables-legacy, each in
-//! a network namespace of its own.
+//! a network namespace of its own. What only one of them can do is at the end.
 #![allow(clippy::unwrap_used, reason = "the whole target is tests")]
 
 use std::env;
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use flannel_core::firewall::{Purpose, Ruleset, Wanted, rules};
@@ -16,6 +16,7 @@ use flannel_linux::IptablesFirewall;
 use flannel_tests::netns::{Netns, in_netns};
 use flannel_tests::{need, pass_over};
 use ipnetwork::IpNetwork;
+use tempfile::TempDir;
 
 /// One kind of iptables, and the programs by which it is asked for.
 #[derive(Clone, Copy)]
@@ -79,9 +80,13 @@ fn with_both(test: impl AsyncFnOnce(Host) + Copy + Send + 'static) {
 
 fn with_each(engines: [Engine; 2], test: impl AsyncFnOnce(Host) + Copy + Send + 'static) {
     for engine in engines {
-        if need(engine.program) && (engine.program.ends_with("nft") || may_lock()) {
-            in_netns(async move |netns| test(on(engine, netns).await).await);
-        }
+        with(engine, test);
+    }
+}
+
+fn with(engine: Engine, test: impl AsyncFnOnce(Host) + Send + 'static) {
+    if need(engine.program) && (engine.program.ends_with("nft") || may_lock()) {
+        in_netns(async move |netns| test(on(engine, netns).await).await);
     }
 }
 
@@ -92,6 +97,91 @@ fn may_lock() -> bool {
         || writable("/run/xtables.lock")
         || pass_over("iptables-legacy may not write its lock; name another in XTABLES_LOCKFILE")
 }
+
+/// Makes a script of the shell; returns its name as a program.
+fn script(netns: &Netns, path: &Path, text: &str) -> &'static str {
+    let draft = path.with_extension("draft");
+    fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
+    // What is open for writing cannot be run, and the child that another test is
+    // starting right now may have it open as we do: so a child of ours writes it.
+    netns.run(&format!("install -m 755 {} {}", draft.display(), path.display()));
+    path.display().to_string().leak()
+}
+
+/// How often a firewall has run one of its programs.
+struct Runs {
+    directory: TempDir,
+}
+
+impl Runs {
+    /// Puts a writer of a line for each run between the firewall and its programs.
+    fn of(host: &mut Host) -> Self {
+        let runs = Self { directory: tempfile::tempdir().unwrap() };
+        let counted = |program: &str| {
+            let text = format!("echo {program} \"$@\" >>{}\nexec {program} \"$@\"", runs.log());
+            script(&host.netns, &runs.directory.path().join(program), &text)
+        };
+        let (program, restorer) = (counted(host.engine.program), counted(host.engine.restorer));
+        host.firewall = IptablesFirewall::with_programs(program, restorer);
+        runs
+    }
+
+    fn log(&self) -> String {
+        self.directory.path().join("log").display().to_string()
+    }
+
+    /// Those since the last time.
+    fn take(&self) -> Vec<String> {
+        let lines = fs::read_to_string(self.log()).unwrap_or_default();
+        fs::write(self.log(), "").unwrap();
+        lines.lines().map(str::to_owned).collect()
+    }
+}
+
+/// A host whose rules have been written and found right, and the runs from then on.
+async fn at_rest(mut host: Host) -> (Host, Runs) {
+    let runs = Runs::of(&mut host);
+    assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+    assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+    assert!(runs.take().iter().any(|run| run.contains("restore")), "the runs are not counted");
+    (host, runs)
+}
+
+/// Somebody who flushes FORWARD in the middle of an ensure.
+struct Meddler {
+    directory: TempDir,
+}
+
+impl Meddler {
+    /// Behind the runs of a program that have this word among theirs.
+    fn behind(host: &Host, program: &'static str, word: &str) -> (Self, &'static str) {
+        let meddler = Self { directory: tempfile::tempdir().unwrap() };
+        let text = format!(
+            "{program} \"$@\" || exit\n\
+             case \"$*\" in *{word}*) rm {} 2>/dev/null && {} -F FORWARD;; esac\n\
+             exit 0",
+            meddler.sign(),
+            host.engine.program
+        );
+        let script = script(&host.netns, &meddler.directory.path().join(program), &text);
+        (meddler, script)
+    }
+
+    fn sign(&self) -> String {
+        self.directory.path().join("sign").display().to_string()
+    }
+
+    /// Lets it happen, once.
+    fn wake(&self) {
+        fs::write(self.sign(), "").unwrap();
+    }
+
+    fn has_struck(&self) -> bool {
+        !fs::exists(self.sign()).unwrap()
+    }
+}
+
+const NO_RUN: [&str; 0] = [];
 
 const PURPOSES: [Purpose; 2] = [Purpose::Masquerade, Purpose::Forward];
 
@@ -334,11 +424,8 @@ fn a_lock_that_somebody_holds_is_an_error_in_the_end() {
         // With a lock file of its own the test holds nobody else up.
         let directory = tempfile::tempdir().unwrap();
         let lock = directory.path().join("lock");
-        let script = directory.path().join("iptables");
-        let text = format!("#!/bin/sh\nXTABLES_LOCKFILE={} exec iptables-legacy \"$@\"\n", lock.display());
-        fs::write(&script, text).unwrap();
-        fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
-        let program: &'static str = script.display().to_string().leak();
+        let text = format!("XTABLES_LOCKFILE={} exec iptables-legacy \"$@\"", lock.display());
+        let program = script(&netns, &directory.path().join("iptables"), &text);
         netns.run(&format!("{program} -S"));
         let mut holder = Command::new("flock")
             .args([lock.as_os_str(), "sh".as_ref(), "-c".as_ref(), "echo held; read line".as_ref()])
@@ -370,5 +457,132 @@ fn a_missing_restore_is_told_with_a_remedy() {
             matches!(&error, HostError::Missing { missing, .. } if missing == "no-such-restore"),
             "{error}"
         );
+    });
+}
+
+#[test]
+fn rules_that_stand_in_nf_tables_start_no_process() {
+    with(NFT, async |host| {
+        let (mut host, runs) = at_rest(host).await;
+
+        for _ in 0..3 {
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+            assert_eq!(runs.take(), NO_RUN);
+        }
+    });
+}
+
+#[test]
+fn rules_of_ipv6_that_stand_in_nf_tables_start_no_process() {
+    with(NFT_6, async |mut host| {
+        let runs = Runs::of(&mut host);
+        let rules = ruleset("fd05::/48", "fd05:0:0:1::/64", ALL);
+        host.ensure(&rules).await;
+        host.ensure(&rules).await;
+        runs.take();
+
+        assert_eq!(host.ensure(&rules).await, Ensured::Unchanged);
+        assert_eq!(runs.take(), NO_RUN);
+    });
+}
+
+#[test]
+fn a_jump_that_goes_while_the_rules_are_at_rest_comes_back() {
+    with(NFT, async |host| {
+        let (mut host, runs) = at_rest(host).await;
+        let before = host.iptables("-t filter -S");
+        host.iptables("-F FORWARD");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        assert_eq!(host.iptables("-t filter -S"), before);
+        // Its own write is looked at once, and then all is quiet again.
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        runs.take();
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert_eq!(runs.take(), NO_RUN);
+    });
+}
+
+#[test]
+fn a_change_of_another_table_is_looked_at_once() {
+    with(NFT, async |host| {
+        let (mut host, runs) = at_rest(host).await;
+        host.iptables("-t mangle -N SOMEBODY");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert_eq!(runs.take().len(), 4);
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert_eq!(runs.take(), NO_RUN);
+    });
+}
+
+#[test]
+fn a_jump_that_goes_behind_a_check_comes_back() {
+    with(NFT, async |mut host| {
+        let (meddler, program) = Meddler::behind(&host, NFT.program, "FLANNEL-FWD");
+        host.firewall = IptablesFirewall::with_programs(program, NFT.restorer);
+        host.ensure(&ours(ALL)).await;
+        meddler.wake();
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert!(meddler.has_struck());
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+    });
+}
+
+#[test]
+fn a_jump_that_goes_behind_a_write_comes_back() {
+    with(NFT, async |mut host| {
+        let (meddler, restorer) = Meddler::behind(&host, NFT.restorer, "noflush");
+        host.firewall = IptablesFirewall::with_programs(NFT.program, restorer);
+        host.ensure(&ours(ALL)).await;
+        host.iptables("-F FORWARD");
+        meddler.wake();
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+        assert!(meddler.has_struck());
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+    });
+}
+
+#[test]
+fn other_rules_are_looked_at_though_nothing_has_changed() {
+    with(NFT, async |host| {
+        let (mut host, _runs) = at_rest(host).await;
+        let fewer = ours(Wanted { forward: false, ..ALL });
+
+        assert_eq!(host.ensure(&fewer).await, Ensured::Written);
+
+        assert!(!host.has_chain(Purpose::Forward));
+    });
+}
+
+#[test]
+fn a_check_that_fails_is_made_again() {
+    with(NFT, async |host| {
+        let (mut host, runs) = at_rest(host).await;
+        host.iptables("-F FORWARD");
+        let restorer = runs.directory.path().join(NFT.restorer);
+        let aside = restorer.with_extension("aside");
+        fs::rename(&restorer, &aside).unwrap();
+        host.firewall.ensure(&ours(ALL)).await.unwrap_err();
+        host.firewall.ensure(&ours(ALL)).await.unwrap_err();
+        fs::rename(&aside, &restorer).unwrap();
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+    });
+}
+
+#[test]
+fn rules_in_legacy_tables_are_looked_at_each_time() {
+    with(LEGACY, async |host| {
+        let (mut host, runs) = at_rest(host).await;
+
+        for _ in 0..2 {
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+            assert_eq!(runs.take().len(), 4);
+        }
     });
 }

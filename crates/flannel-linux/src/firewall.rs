@@ -1,3 +1,4 @@
 //! The engines that make the traffic rules stand.
 
+mod generation;
 pub mod iptables;

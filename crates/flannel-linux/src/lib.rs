@@ -9,7 +9,8 @@
 //! All of it wants `CAP_NET_ADMIN`; iptables-legacy wants `CAP_NET_RAW` too and
 //! a lock file that it may write. Everything is done in the network namespace of
 //! the thread that made the [`LinuxNetwork`]: its own thread is started from
-//! there and stays there, and it alone speaks netlink and writes `/proc/sys/net`.
+//! there and stays there, and it alone speaks rtnetlink and writes `/proc/sys/net`.
+//! The firewall asks nf_tables one question, where it would start iptables.
 //!
 //! Interface indexes do not leave this crate.
 

@@ -3,6 +3,22 @@
 //! The `iptables` crate lists, through the one call of it that tells the exit
 //! status; its other calls read every failure as "not there". What is to be
 //! written goes to `iptables-restore`, a table in one transaction.
+//!
+//! A check forks four processes. Where the rules are in nf_tables it can wait
+//! until something has changed, because the kernel counts the changes:
+//!
+//! ```text
+//!   ask for the generation ─┬─ the one at which these rules were right ─▶ done
+//!                           └─ another, or none to be had ─▶ list ─┬─ right ─▶ remember it
+//!                                                                  └─ not ───▶ write, forget
+//! ```
+//!
+//! The question comes before the lists: what changes later has a generation of its
+//! own, whether the lists show it or not, and the next call looks at it. A write is
+//! looked at by the next call too, with whatever others wrote around it.
+//!
+//! The kernel counts one statement before it shows what has changed
+//! (`nf_tables_commit`); between the question and the lists a process is started.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -14,6 +30,8 @@ use flannel_core::host::{Ensured, Firewall, HostError};
 use iptables::IPTables;
 use tokio::task::spawn_blocking;
 use tracing::debug;
+
+use super::generation::generation;
 
 /// How long the programs wait for others of their kind, in seconds.
 const WAIT: &str = "--wait 5";
@@ -34,13 +52,43 @@ pub enum Family {
     Ipv6,
 }
 
-/// The traffic rules of one family, in the network namespace of whoever asks.
-#[derive(Clone, Copy, Debug)]
+/// The traffic rules of one family, in the network namespace of whoever asks; it
+/// is to be the same one each time.
+#[derive(Clone, Debug)]
 pub struct IptablesFirewall {
+    programs: Programs,
+    found: Option<Found>,
+}
+
+/// The rules that a check found right, and when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Found {
+    rules: Ruleset,
+    /// That of nf_tables before the check.
+    generation: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Programs {
     program: &'static str,
     restorer: &'static str,
-    /// Asked for with the first rules: the program may be installed later than we start.
-    version: Option<(u32, u32, u32)>,
+    /// Asked for with the first rules: the programs may be installed later than we start.
+    version: Option<Version>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Version {
+    number: (u32, u32, u32),
+    tables: Tables,
+}
+
+/// Where in the kernel the rules are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tables {
+    /// In nf_tables, which counts its generations.
+    Nft,
+    /// In x_tables, which count nothing.
+    Legacy,
 }
 
 impl IptablesFirewall {
@@ -54,12 +102,55 @@ impl IptablesFirewall {
 
     /// The rules through programs of that name, like `iptables-legacy`.
     pub fn with_programs(program: &'static str, restorer: &'static str) -> Self {
-        Self { program, restorer, version: None }
+        Self { programs: Programs { program, restorer, version: None }, found: None }
     }
+}
 
+impl Firewall for IptablesFirewall {
+    /// Makes the rules stand as given; writes nothing if they do, and starts no
+    /// process if nf_tables has not changed since they were found to.
+    async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
+        // Should this call fail or be dropped, the next one checks.
+        let found = self.found.take();
+        if self.programs.version.is_none() {
+            let program = self.programs.program;
+            self.programs.version = Some(blocking(move || version(program)).await?);
+        }
+        let programs = self.programs;
+        let rules =
+            if programs.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
+        let ensured;
+        (ensured, self.found) = blocking(move || programs.ensure(rules, found)).await?;
+        Ok(ensured)
+    }
+}
+
+impl Programs {
     /// Whether masqueraded packets can leave from a port that nobody can guess.
     fn supports_random_fully(self) -> bool {
-        self.version >= Some(RANDOM_FULLY)
+        self.version.is_some_and(|version| version.number >= RANDOM_FULLY)
+    }
+
+    /// Makes the rules stand, if it is not known that they do; tells what was found right.
+    fn ensure(self, rules: Ruleset, found: Option<Found>) -> Result<(Ensured, Option<Found>), HostError> {
+        let generation = self.generation();
+        if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == generation) {
+            return Ok((Ensured::Unchanged, found));
+        }
+        let ensured = self.make_stand(&rules)?;
+        let found = match ensured {
+            Ensured::Unchanged => generation.map(|generation| Found { rules, generation }),
+            Ensured::Written => None,
+        };
+        Ok((ensured, found))
+    }
+
+    /// The generation of the tables, where they have one and we may ask for it.
+    fn generation(self) -> Option<u32> {
+        if self.version?.tables == Tables::Legacy {
+            return None;
+        }
+        generation().inspect_err(|error| debug!(%error, "cannot ask for the generation of nf_tables")).ok()
     }
 
     fn make_stand(self, rules: &Ruleset) -> Result<Ensured, HostError> {
@@ -123,19 +214,6 @@ impl IptablesFirewall {
     }
 }
 
-impl Firewall for IptablesFirewall {
-    async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
-        if self.version.is_none() {
-            let program = self.program;
-            self.version = Some(blocking(move || version(program)).await?);
-        }
-        let firewall = *self;
-        let rules =
-            if firewall.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
-        blocking(move || firewall.make_stand(&rules)).await
-    }
-}
-
 /// Runs what forks and waits where it holds nobody up.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
@@ -146,7 +224,7 @@ async fn blocking<T: Send + 'static>(
     })
 }
 
-fn version(program: &'static str) -> Result<(u32, u32, u32), HostError> {
+fn version(program: &'static str) -> Result<Version, HostError> {
     let output = Command::new(program).arg("--version").output();
     let output = output.map_err(|error| not_run(program, error.into()))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -157,10 +235,12 @@ fn version(program: &'static str) -> Result<(u32, u32, u32), HostError> {
 }
 
 /// Reads `iptables v1.8.9 (nf_tables)`.
-fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+fn parse_version(text: &str) -> Option<Version> {
     let word = text.split_whitespace().find_map(|word| word.strip_prefix('v'))?;
     let mut parts = word.split('.').map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??, parts.next().unwrap_or(Some(0))?))
+    let number = (parts.next()??, parts.next()??, parts.next().unwrap_or(Some(0))?);
+    let tables = if text.contains("(nf_tables)") { Tables::Nft } else { Tables::Legacy };
+    Some(Version { number, tables })
 }
 
 fn rules_in(output: &Output) -> Vec<String> {
@@ -199,17 +279,19 @@ mod tests {
 
     #[test]
     fn a_version_is_read_from_what_iptables_says() {
-        assert_eq!(parse_version("iptables v1.8.9 (nf_tables)\n"), Some((1, 8, 9)));
-        assert_eq!(parse_version("iptables v1.4.7"), Some((1, 4, 7)));
-        assert_eq!(parse_version("ip6tables v1.10.0 (legacy)"), Some((1, 10, 0)));
+        let version = |number, tables| Some(Version { number, tables });
+
+        assert_eq!(parse_version("iptables v1.8.9 (nf_tables)\n"), version((1, 8, 9), Tables::Nft));
+        assert_eq!(parse_version("iptables v1.4.7"), version((1, 4, 7), Tables::Legacy));
+        assert_eq!(parse_version("ip6tables v1.10.0 (legacy)"), version((1, 10, 0), Tables::Legacy));
         assert_eq!(parse_version("busybox"), None);
     }
 
     #[test]
     fn random_ports_came_with_1_6_2() {
-        let supports = |version| {
-            let firewall = IptablesFirewall::new(Family::Ipv4);
-            IptablesFirewall { version: Some(version), ..firewall }.supports_random_fully()
+        let supports = |number| {
+            let version = Some(Version { number, tables: Tables::Legacy });
+            Programs { program: "iptables", restorer: "iptables-restore", version }.supports_random_fully()
         };
 
         assert!(!supports((1, 6, 1)));
