@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use flannel_core::diff::Step;
 use flannel_core::firewall::Wanted;
+use flannel_core::host::Changes;
 use flannel_core::lease::{Expiry, HeldLease, Lease, Tenure};
+use flannel_core::state::{Key, RouteKey};
 use flannel_core::store::{LeaseEvent, Unreadable};
-use flannel_core::underlay::{Interface, InterfaceAddress};
+use flannel_core::underlay::{Interface, InterfaceAddress, Selection};
 use flannel_tests::build::{self, peer, subnet};
 use flannel_tests::fake_network::{FakeFirewall, FakeNetwork};
 use flannel_tests::memory_store::{MemoryStore, TERM};
@@ -56,7 +58,7 @@ impl Host {
         };
         let parts = Parts {
             store: Arc::new(store.clone()),
-            reconciler: Reconciler::new(network.clone(), planner, claim),
+            reconciler: Reconciler::new(network.clone(), planner, claim, Selection::default()),
             config,
             held: HeldLease { lease: own, expiry, handle: 7 },
             file: SubnetFile::new(directory.path().join("flannel/subnet.env")),
@@ -522,4 +524,254 @@ async fn rules_that_somebody_took_away_come_back_with_the_next_check() {
 
     let inner = host.firewall.inner.lock().unwrap();
     assert!(inner.rules.is_some() && inner.writes == 2);
+}
+
+// What the kernel tells.
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_touched_is_put_right_without_a_look_at_the_rest() {
+    let host = Host::in_sync().await;
+    let looks = host.network.kernel().observed;
+    let route = Key::Route(RouteKey::to("10.5.2.0/24".parse().unwrap()));
+    host.taken();
+
+    host.network.meddle(route, None);
+    host.until_holding("route 10.5.2.0/24").await;
+
+    assert_eq!(host.taken().len(), 1);
+    assert_eq!(host.network.kernel().observed, looks);
+}
+
+#[tokio::test(start_paused = true)]
+async fn words_without_end_lead_to_a_bounded_number_of_looks() {
+    let host = Host::in_sync().await;
+    let looks = host.network.kernel().observed;
+
+    for _ in 0..1000 {
+        host.network.tell(Changes::Everything("again".into()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+
+    let looks = host.network.kernel().observed - looks;
+    assert!((2..=25).contains(&looks), "{looks} looks in a second");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_peer_is_tried_again_alone_and_ever_more_slowly() {
+    let mut host = Host::in_sync().await;
+    let attempts = Arc::new(AtomicUsize::new(0));
+    let count = attempts.clone();
+    host.network.refuse(move |step| {
+        let refused = step.to_string().contains("put route 10.5.4.0/24");
+        refused.then(|| {
+            count.fetch_add(1, Ordering::SeqCst);
+            "Invalid argument".to_owned()
+        })
+    });
+    host.taken();
+    let looks = host.network.kernel().observed;
+
+    host.store.put(peer(4, 4, 4));
+    let said = host.not_ready().await;
+    host.store.put(peer(5, 5, 5));
+    host.until_holding("route 10.5.5.0/24").await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+
+    assert!(said.contains("put route 10.5.4.0/24") && said.contains("Invalid argument"), "{said}");
+    let attempts = attempts.load(Ordering::SeqCst);
+    assert!((5..=25).contains(&attempts), "{attempts} attempts in 30 s");
+    assert_eq!(host.taken().len(), 2 + 3, "the others' objects are written once");
+    assert_eq!(host.network.kernel().observed, looks, "nothing else is looked at");
+    assert!(!host.status.borrow().pending().is_empty());
+
+    host.network.refuse_nothing();
+    host.ready().await;
+    assert!(host.holds("route 10.5.4.0/24"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_peer_that_leaves_is_forgotten() {
+    let mut host = Host::in_sync().await;
+    host.network.refuse(|step| step.to_string().contains("put route 10.5.4.0/24").then(|| "no".into()));
+    host.store.put(peer(4, 4, 4));
+    host.not_ready().await;
+
+    host.store.remove(subnet(4));
+
+    host.ready().await;
+    assert!(!host.holds("10.5.4.0"));
+}
+
+// Where the host stands.
+
+/// Gives the host's interface another address and another MTU, and tells of it.
+fn move_to(network: &FakeNetwork, address: &str, mtu: u32) {
+    let mut kernel = network.kernel();
+    let eth0 = &mut kernel.facts.interfaces[0];
+    eth0.mtu = mtu;
+    eth0.addresses[0].network = address.parse().unwrap();
+    drop(kernel);
+    network.tell(Changes::Everything("the addresses of eth0 were changed".into()));
+}
+
+fn published(leases: &flannel_tests::memory_store::Leases) -> String {
+    leases.leases[&subnet(1)].attrs.public_ip.unwrap().to_string()
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_address_is_published_with_one_write_and_the_device_sends_from_it() {
+    let mut host = Host::in_sync().await;
+
+    move_to(&host.network, "192.168.0.77/24", 1500);
+    host.store.until(|leases| published(leases) == "192.168.0.77").await;
+    host.ready().await;
+    tokio::time::sleep(2 * MINUTE).await;
+
+    assert!(host.holds("local 192.168.0.77"));
+    assert!(host.holds("address 0e:00:00:00:00:01"), "the MAC stays");
+    assert!(host.holds("route 10.5.2.0/24"));
+    assert_eq!(host.store.inner().writes, 1);
+    assert!(host.file().unwrap().contains("FLANNEL_SUBNET=10.5.1.1/24"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_address_is_published_once_the_store_is_back() {
+    let mut host = Host::in_sync().await;
+    host.store.inner().away = true;
+
+    move_to(&host.network, "192.168.0.77/24", 1500);
+    host.until_holding("local 192.168.0.77").await;
+    assert!(host.not_ready().await.contains("is not where its lease says"));
+    move_to(&host.network, "192.168.0.78/24", 1500);
+    host.until_holding("local 192.168.0.78").await;
+    host.store.inner().away = false;
+
+    host.store.until(|leases| published(leases) == "192.168.0.78").await;
+    host.ready().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_mtu_is_written_to_the_file() {
+    let mut host = Host::in_sync().await;
+
+    move_to(&host.network, "192.168.0.1/24", 1400);
+    host.until_holding("mtu 1350").await;
+    while !host.file().unwrap().contains("FLANNEL_MTU=1350") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    host.ready().await;
+    assert_eq!(host.store.inner().writes, 0, "peers need not know");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_interface_everything_stays_and_the_host_is_not_ready() {
+    let mut host = Host::in_sync().await;
+    let before = host.network.printed();
+    let interfaces = std::mem::take(&mut host.network.kernel().facts.interfaces);
+
+    host.network.tell(Changes::Everything("eth0 is gone".into()));
+
+    assert!(host.not_ready().await.contains("no interface fits"));
+    assert_eq!(host.network.printed(), before);
+
+    host.network.kernel().facts.interfaces = interfaces;
+    host.network.tell(Changes::Everything("eth0 has come".into()));
+    host.ready().await;
+    assert_eq!(host.store.inner().writes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_comes_back_while_the_store_is_away_is_never_published() {
+    let mut host = Host::in_sync().await;
+    host.store.inner().away = true;
+    move_to(&host.network, "192.168.0.77/24", 1500);
+    host.until_holding("local 192.168.0.77").await;
+    move_to(&host.network, "192.168.0.1/24", 1500);
+    host.until_holding("local 192.168.0.1 ").await;
+
+    host.store.inner().away = false;
+    host.ready().await;
+    tokio::time::sleep(MINUTE).await;
+
+    assert_eq!(host.store.inner().writes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_late_word_of_our_own_earlier_write_is_no_stranger_s() {
+    let mut host = Host::in_sync().await;
+    let former = host.store.inner().leases[&subnet(1)].clone();
+    move_to(&host.network, "192.168.0.77/24", 1500);
+    host.store.until(|leases| published(leases) == "192.168.0.77").await;
+    host.ready().await;
+
+    host.store.tell(LeaseEvent::Put(former));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    assert_eq!(host.status.borrow().pending(), Vec::<&str>::new());
+    assert_eq!(host.store.inner().writes, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_stands_alone_is_moved_to_only_after_a_while() {
+    let mut host = Host::in_sync().await;
+
+    // The address of a virtual router is all that is left, and then our own is back.
+    move_to(&host.network, "192.168.0.66/32", 1500);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(host.not_ready().await.contains("eth0 has lost 192.168.0.1; 192.168.0.66 is left"));
+    move_to(&host.network, "192.168.0.1/24", 1500);
+    host.ready().await;
+    assert_eq!(host.store.inner().writes, 0);
+
+    // It is all that is left for good.
+    move_to(&host.network, "192.168.0.66/32", 1500);
+    let began = Instant::now();
+    host.store.until(|leases| published(leases) == "192.168.0.66").await;
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+// Somebody else who wants it otherwise.
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_changes_again_and_again_is_told_and_put_right_once_a_second() {
+    let mut host = Host::in_sync().await;
+    let route = Key::Route(RouteKey::to("10.5.2.0/24".parse().unwrap()));
+
+    for _ in 0..100 {
+        host.network.meddle(route, None);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let said = host.not_ready().await;
+    assert!(said.contains("somebody keeps changing what is ours, as in: put route 10.5.2.0/24"), "{said}");
+
+    host.taken();
+    for _ in 0..100 {
+        host.network.meddle(route, None);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let taken = host.taken().len();
+    assert!((9..=12).contains(&taken), "{taken} repairs in ten seconds");
+
+    host.ready().await;
+    assert!(host.holds("route 10.5.2.0/24"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_refused_peer_among_many_is_told_and_leaves_the_host_ready() {
+    let store = MemoryStore::holding((2..12).map(|number| peer(number, number, number)));
+    let network = FakeNetwork::default();
+    network
+        .refuse(|step| step.to_string().contains("put route 10.5.4.0/24").then(|| "Invalid argument".into()));
+
+    let mut host = Host::start(store, network, FakeFirewall::default());
+    host.ready().await;
+
+    let flaws = host.status.borrow().flaws().join("; ");
+    assert!(flaws.contains("put route 10.5.4.0/24") && flaws.contains("Invalid argument"), "{flaws}");
+    assert!(host.file().is_some());
+
+    host.network.refuse_nothing();
+    host.status.wait_for(|status| status.flaws().is_empty()).await.unwrap();
+    assert!(host.holds("route 10.5.4.0/24"));
 }

@@ -13,7 +13,7 @@ use flannel_core::backend::{self, Node};
 use flannel_core::key::parse_subnet_key;
 use flannel_core::lease::{Lease, LeaseAttrs, Tenure};
 use flannel_core::network::NetworkConfig;
-use flannel_core::plan::Planner;
+use flannel_core::plan::{Planner, RouteMode};
 use flannel_core::state::{HostState, MacAddr};
 use flannel_core::store::{LeaseEvent, Snapshot};
 use flannel_core::underlay::{RouteFact, Underlay};
@@ -60,14 +60,18 @@ fn planned(case: &Path) -> String {
         writeln!(text, "unknown key {key}").unwrap();
     }
 
-    let underlay = underlay(&serde_json::from_str(&read("node.json")).unwrap());
+    let host: Value = serde_json::from_str(&read("node.json")).unwrap();
+    let mode = match host["route_mode"].as_str() {
+        Some("nexthop") => RouteMode::Nexthop,
+        _ => RouteMode::Auto,
+    };
+    let underlay = underlay(&host);
     if let Err(reason) = backend.check(&underlay) {
         return format!("{text}refused: {reason}\n");
     }
     let random = MacAddr([0x0e, 0, 0, 0, 0, 1]);
     let attrs = backend.attributes(&underlay, &HostState::default(), random);
     writeln!(text, "publish {}", attrs.to_json()).unwrap();
-    writeln!(text, "mtu {}", backend.mtu(&underlay)).unwrap();
 
     let leases: Value = serde_json::from_str(&read("leases.json")).unwrap();
     let mut snapshot = Snapshot::default();
@@ -79,8 +83,9 @@ fn planned(case: &Path) -> String {
     let own = Lease { subnet: parse_subnet_key("10.5.1.0-24").unwrap(), attrs, tenure: Tenure::Leased };
     let mut view = LeaseView::default();
     view.apply(LeaseEvent::Snapshot(snapshot));
-    let node = Node { networks: config.networks().collect(), underlay, lease: own };
-    let plan = Planner::new(backend, node).plan(&view);
+    let node = Node { networks: config.networks().collect(), underlay, lease: own, mtu: None };
+    writeln!(text, "mtu {}", backend.mtu(&node)).unwrap();
+    let plan = Planner::new(backend, node, mode).plan(&view);
     write!(text, "{}", plan.desired).unwrap();
     for peer in plan.skipped {
         writeln!(text, "skip {}: {}", peer.subnet, peer.reason).unwrap();

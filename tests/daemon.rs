@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use flannel_tests::lab::{self, Host, Lab, Ping, Process, until};
+use flannel_tests::say;
 use nix::sys::signal::Signal;
 
 const PREFIX: &str = "/coreos.com/network";
@@ -148,6 +149,91 @@ fn a_kill_and_a_restart_lose_no_packet_of_a_running_flow() {
             2
         );
     }
+}
+
+#[test]
+fn routes_change_their_form_without_a_lost_packet_and_leave_nothing_behind() {
+    let mut pair = Pair::new(VXLAN, &[]);
+    let nexthops = |pair: &Pair| pair.first().run(&["ip", "nexthop"]).lines().count();
+    assert_eq!(nexthops(&pair), 0);
+
+    let ping = pair.ping(300, &[]);
+    for (mode, count) in [("nexthop", 1), ("plain", 0), ("nexthop", 1), ("auto", 0)] {
+        pair.agents[0].kill();
+        let host = pair.first();
+        fs::remove_file(host.subnet_file()).unwrap();
+        pair.agents[0] = host.agent(&[&format!("--route-mode={mode}")]);
+        assert_eq!(host.subnet(), pair.subnets[0]);
+        assert_eq!(nexthops(&pair), count, "{mode}");
+        assert_eq!(host.routes(), 1, "{mode}");
+    }
+    let (lost, ping) = ping.lost();
+
+    assert_eq!(lost, 0, "{ping}");
+}
+
+#[test]
+fn a_host_whose_address_changes_is_reached_again_within_three_seconds() {
+    for (config, first_away) in [(VXLAN, true), (VXLAN, false), (HOST_GW, true)] {
+        let pair = Pair::new(config, &[]);
+        let host = pair.lab.host(2);
+        let leases = pair.lab.leases(PREFIX);
+        let revision = |pair: &Pair| {
+            let key = format!("{PREFIX}/subnets/{}.0-24", pair.subnets[1]);
+            let shown = pair.lab.etcdctl(&["get", &key, "-w", "fields"]);
+            let version = shown.lines().find(|line| line.starts_with("\"Version\"")).unwrap().to_owned();
+            version.rsplit(' ').next().unwrap().parse::<u32>().unwrap()
+        };
+        let before = revision(&pair);
+
+        let ping = pair.ping(400, &[]);
+        let (away, there) = (["addr", "del", "192.168.77.2/24"], ["addr", "add", "192.168.77.102/24"]);
+        host.run(&["sysctl", "-qw", "net.ipv4.conf.eth0.promote_secondaries=1"]);
+        for words in if first_away { [away, there] } else { [there, away] } {
+            host.run(&[&["ip"], words.as_slice(), &["dev", "eth0"]].concat());
+        }
+        host.run(&["ip", "route", "replace", "default", "via", "192.168.77.254"]);
+        let (lost, ping) = ping.lost();
+
+        assert!(lost <= 150, "{config}: {lost} of 400 at 50 a second: {ping}");
+        assert_eq!(host.subnet(), pair.subnets[1]);
+        let now = pair.lab.leases(PREFIX);
+        assert_eq!(now.len(), leases.len());
+        assert!(
+            now.iter().any(|(key, value)| key.contains(&pair.subnets[1]) && value.contains("192.168.77.102"))
+        );
+        assert_eq!(revision(&pair), before + 1, "one write");
+        say(&format!("{config}: another address, {lost} packets lost at 50 a second"));
+    }
+}
+
+#[test]
+fn a_host_whose_default_route_moves_to_another_interface_is_reached_there() {
+    let lab = Lab::new(2);
+    lab.put_config(PREFIX, VXLAN);
+    let (first, second) = (lab.host(1), lab.host(2));
+    let wire = lab.wire();
+    // The second host has a second interface to the same wire.
+    second.run(&["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "spare"]);
+    second.run(&["ip", "link", "set", "spare", "netns", &wire]);
+    lab.run_on_wire(&["ip", "link", "set", "spare", "master", "br0", "up"]);
+    second.run(&["ip", "link", "set", "eth1", "up"]);
+    second.run(&["ip", "addr", "add", "192.168.77.202/24", "dev", "eth1"]);
+    let (_first, agent) = (first.agent(&[]), second.agent(&[]));
+    let subnets = [first.subnet(), second.subnet()];
+    first.bridge(&subnets[0]);
+    second.bridge(&subnets[1]);
+    until("both have routes", || first.routes() == 1 && second.routes() == 1);
+
+    let ping = first.ping(&subnets[0], &subnets[1], 400, &[]);
+    second.run(&["ip", "route", "replace", "default", "via", "192.168.77.254", "dev", "eth1"]);
+    agent.until_logged("following the interface between the hosts");
+    let (lost, ping) = ping.lost();
+
+    assert!(lost <= 150, "{lost} of 400 at 50 a second: {ping}");
+    assert!(second.run(&["ip", "-d", "link", "show", "flannel.1"]).contains("local 192.168.77.202 dev eth1"));
+    assert_eq!(second.subnet(), subnets[1]);
+    say(&format!("the default route moved, {lost} packets lost at 50 a second"));
 }
 
 #[test]

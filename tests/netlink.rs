@@ -10,9 +10,10 @@ use std::thread;
 
 use flannel_core::claim::Claim;
 use flannel_core::diff::{Step, diff};
-use flannel_core::host::{Failure, Network};
+use flannel_core::host::{Changes, Failure, Network};
 use flannel_core::state::{
-    HostState, Link, LinkKind, LinkName, MacAddr, ROUTE_PROTOCOL, ROUTE_PROTOCOL_BOOT, Route, RouteKey, Vxlan,
+    HostState, Key, Link, LinkKind, LinkName, MacAddr, ROUTE_PROTOCOL, ROUTE_PROTOCOL_BOOT, Route, RouteKey,
+    Vxlan,
 };
 use flannel_core::underlay::Facts;
 use flannel_linux::LinuxNetwork;
@@ -37,7 +38,7 @@ fn flannel() -> LinkName {
 }
 
 fn claim() -> Claim {
-    Claim { links: vec![flannel()], networks: vec![prefix("10.5.0.0/16")] }
+    Claim { links: vec![flannel()], networks: vec![prefix("10.5.0.0/16")], underlay: Some(name("eth0")) }
 }
 
 fn vxlan() -> Vxlan {
@@ -74,6 +75,7 @@ fn via_flannel(gateway: IpAddr) -> Route {
         onlink: true,
         protocol: ROUTE_PROTOCOL,
         decorated: false,
+        nexthop: None,
     }
 }
 
@@ -84,6 +86,7 @@ fn via_eth0(gateway: &str) -> Route {
         onlink: false,
         protocol: ROUTE_PROTOCOL,
         decorated: false,
+        nexthop: None,
     }
 }
 
@@ -124,7 +127,7 @@ impl Host {
     }
 
     async fn observe_as(&mut self, claim: &Claim) -> HostState {
-        self.network.observe(claim).await.unwrap()
+        self.network.observe(claim, None).await.unwrap().state
     }
 
     async fn apply(&mut self, steps: Vec<Step>) -> Vec<Failure> {
@@ -149,7 +152,7 @@ impl Host {
     }
 
     async fn facts(&mut self, can_reach: Option<&str>) -> Facts {
-        self.network.facts(can_reach.map(ip)).await.unwrap()
+        self.network.observe(&claim(), can_reach.map(ip)).await.unwrap().facts
     }
 
     fn run(&self, command: &str) -> String {
@@ -196,7 +199,7 @@ fn a_state_with_200_peers_reads_back_equal() {
 fn a_state_with_5000_peers_reads_back_equal() {
     // In a /14, so that 5000 subnets of sixteen addresses fit with room.
     on_a_host(async |mut host| {
-        let wide = Claim { links: vec![flannel()], networks: vec![prefix("10.4.0.0/14")] };
+        let wide = Claim { links: vec![flannel()], networks: vec![prefix("10.4.0.0/14")], underlay: None };
         let desired = peers(5000);
 
         let failures = host.apply(diff(&desired, &HostState::default())).await;
@@ -272,7 +275,7 @@ fn a_state_of_ipv6_reads_back_equal() {
     on_a_host(async |mut host| {
         host.run("ip address add fd00::1/64 dev eth0 nodad");
         let device = name("flannel-v6.1");
-        let claim = Claim { links: vec![device], networks: vec![prefix("fd05::/48")] };
+        let claim = Claim { links: vec![device], networks: vec![prefix("fd05::/48")], underlay: None };
         let mut desired = HostState::default();
         let kind = LinkKind::Vxlan(Vxlan { local: Some(ip("fd00::1")), ..vxlan() });
         desired.links.insert(device, Link { kind, mac: mac_of(1), mtu: 1430, up: true });
@@ -503,7 +506,7 @@ fn a_device_that_is_right_is_not_touched() {
         host.hold(&peers(3)).await;
         let mut monitor = host.netns.monitor();
 
-        let failures = host.apply(vec![Step::ChangeLink(flannel(), device())]).await;
+        let failures = host.apply(vec![Step::ChangeLink(flannel(), Box::new(device()))]).await;
 
         assert_eq!(failures, []);
         assert_eq!(monitor.changes(&host.netns, "flannel.1"), Vec::<String>::new());
@@ -865,7 +868,7 @@ fn a_lower_device_that_is_not_there_is_named() {
     on_a_host(async |mut host| {
         let kind = LinkKind::Vxlan(Vxlan { lower: Some(name("eth9")), ..vxlan() });
 
-        let failures = host.apply(vec![Step::AddLink(flannel(), Link { kind, ..device() })]).await;
+        let failures = host.apply(vec![Step::AddLink(flannel(), Box::new(Link { kind, ..device() }))]).await;
 
         assert_eq!(failures[0].reason, "No such device (eth9 is not there)");
     });
@@ -952,9 +955,44 @@ fn facts_tell_the_way_to_an_address_or_why_there_is_none() {
 #[test]
 fn facts_of_an_empty_namespace_are_no_error() {
     in_netns(async |_| {
-        let facts = LinuxNetwork::new().unwrap().facts(None).await.unwrap();
+        let facts = LinuxNetwork::new().unwrap().observe(&claim(), None).await.unwrap().facts;
 
         assert_eq!(facts.interfaces.len(), 1);
         assert_eq!(facts.routes, []);
+    });
+}
+
+// What the kernel tells.
+
+#[test]
+fn what_happens_to_any_device_with_routes_of_ours_is_told() {
+    on_a_host(async |mut host| {
+        host.run("ip link add eth1 type veth peer name peer1");
+        host.run("ip link set peer1 up");
+        host.run("ip link set eth1 up");
+        host.run("ip addr add 192.168.9.1/24 dev eth1");
+        host.observe().await;
+        let route = Route { link: name("eth1"), ..via_eth0("192.168.9.2") };
+        assert_eq!(host.apply(vec![Step::PutRoute(to("10.5.2.0/24"), route)]).await, []);
+
+        host.run("ip link set eth1 down");
+
+        assert_eq!(host.network.changed().await, Changes::Everything("eth1 was changed".into()));
+    });
+}
+
+#[test]
+fn what_happens_to_devices_that_do_not_concern_us_is_not_told() {
+    on_a_host(async |mut host| {
+        host.hold(&peers(3)).await;
+        host.run("ip link add veth7 type veth peer name veth8");
+        host.run("ip link set veth7 up");
+        host.run("ip neigh add 192.168.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
+        host.run("ip route add 172.30.0.0/16 via 192.168.0.9");
+
+        host.run("ip neigh del 10.5.3.0 dev flannel.1");
+
+        let Changes::Objects(told) = host.network.changed().await else { panic!("everything") };
+        assert_eq!(told.keys().collect::<Vec<_>>(), [&Key::Neighbour(flannel(), ip("10.5.3.0"))]);
     });
 }

@@ -3,14 +3,21 @@
 //! Lists of cluster states are expanded into many histories: reversed, with an
 //! empty cluster between, event by event, as snapshots, with every event
 //! doubled. At each state the kernel in memory must equal a fresh plan, and a
-//! second pass must have nothing to do.
+//! second pass must have nothing to do. Random histories add what others do to
+//! the kernel, and look at every single step for where packets would go.
 
 #![allow(clippy::unwrap_used, reason = "the whole target is tests")]
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use flannel_core::lease::{Lease, Subnet};
+use flannel_core::diff::{self, Step};
+use flannel_core::host::{Changes, Network};
+use flannel_core::lease::{BackendData, Lease, Subnet};
+use flannel_core::plan::RouteMode;
+use flannel_core::state::{HostState, LinkKind, MacAddr, Nexthop, Object, Route, RouteKey};
 use flannel_core::store::{LeaseEvent, Snapshot};
+use flannel_core::underlay::Selection;
 use flannel_core::view::{Applied, LeaseView};
 use flannel_tests::build::{self, peer};
 use flannel_tests::fake_network::FakeNetwork;
@@ -100,6 +107,8 @@ struct Host {
     reconciler: Reconciler<FakeNetwork>,
     view: LeaseView,
     config: flannel_core::network::NetworkConfig,
+    /// What the kernel held before the steps of the last event.
+    before: HostState,
 }
 
 impl Host {
@@ -108,10 +117,11 @@ impl Host {
         let network = FakeNetwork::default();
         let (planner, claim) = build::planner(&config);
         let mut host = Self {
-            reconciler: Reconciler::new(network.clone(), planner, claim),
+            reconciler: Reconciler::new(network.clone(), planner, claim, Selection::default()),
             network,
             view: LeaseView::default(),
             config,
+            before: HostState::default(),
         };
         host.hear(events(&vec![], &vec![], Hears::Snapshot)).await;
         host
@@ -126,7 +136,7 @@ impl Host {
                     assert!(outcome.unwrap().report.in_sync());
                 }
                 Applied::Everything => {
-                    assert!(self.reconciler.full(&self.view).await.unwrap().report.in_sync());
+                    assert!(self.reconciler.full(&self.view, true).await.unwrap().report.in_sync());
                 }
             }
         }
@@ -136,7 +146,7 @@ impl Host {
         let fresh = build::planner(&self.config).0.plan(&self.view).desired;
         assert_eq!(self.network.printed(), fresh.to_string(), "{context}");
         let before = self.network.kernel().taken.len();
-        let again = self.reconciler.full(&self.view).await.unwrap();
+        let again = self.reconciler.full(&self.view, true).await.unwrap();
         assert_eq!((again.report.applied, self.network.kernel().taken.len() - before), (0, 0), "{context}");
     }
 }
@@ -173,10 +183,11 @@ async fn what_was_left_behind_by_an_earlier_run_goes_and_what_is_right_stays_unt
     let config = build::config(build::VXLAN);
     let (planner, claim) = build::planner(&config);
     let mut second = Host {
-        reconciler: Reconciler::new(network.clone(), planner, claim),
+        reconciler: Reconciler::new(network.clone(), planner, claim, Selection::default()),
         view: LeaseView::default(),
         network,
         config,
+        before: HostState::default(),
     };
     second.hear(events(&vec![], &vec![peer(3, 3, 3), peer(4, 4, 4)], Hears::Snapshot)).await;
 
@@ -189,26 +200,308 @@ async fn what_was_left_behind_by_an_earlier_run_goes_and_what_is_right_stays_unt
     );
 }
 
+/// Two hosts whose subnets begin at one address, as after a change of `SubnetLen`.
+fn of_two_lengths() -> [Lease; 2] {
+    let of =
+        |prefix: &str, mac, host| Lease { subnet: Subnet::V4(prefix.parse().unwrap()), ..peer(4, mac, host) };
+    [of("10.5.4.0/23", 5, 5), of("10.5.4.0/24", 4, 4)]
+}
+
+#[tokio::test]
+async fn of_two_subnets_that_begin_at_one_address_one_is_left_out_until_the_other_goes() {
+    for mode in [RouteMode::Plain, RouteMode::Nexthop] {
+        let mut host = Host::started(build::VXLAN).await;
+        host.restart(mode).await;
+        let [wide, narrow] = of_two_lengths();
+        for lease in [&wide, &narrow] {
+            host.hear(vec![LeaseEvent::Put(lease.clone())]).await;
+        }
+        assert!(host.network.printed().contains("route 10.5.4.0/23"));
+        assert!(!host.network.printed().contains("route 10.5.4.0/24"));
+
+        host.hear(vec![LeaseEvent::Removed(wide.subnet)]).await;
+
+        assert_eq!(host.network.printed(), host.plan(mode).to_string());
+        assert!(host.network.printed().contains("route 10.5.4.0/24"));
+        host.full(false).await;
+    }
+}
+
+#[tokio::test]
+async fn a_refused_change_that_is_taken_back_is_forgotten() {
+    let mut host = Host::started(build::VXLAN).await;
+    host.put(4, 4, 4).await;
+    host.network.refuse(|step| matches!(step, Step::PutFdb(..)).then(|| "no".into()));
+
+    for (address, refused) in [(9, 1), (4, 0)] {
+        let Applied::One(change) = host.view.apply(LeaseEvent::Put(peer(4, 4, address))) else {
+            panic!("no change")
+        };
+        host.reconciler.patch(&change, &host.view).await.unwrap().unwrap();
+        assert_eq!(host.reconciler.refused(), refused);
+    }
+}
+
+#[tokio::test]
+async fn a_route_that_is_refused_once_as_its_device_is_made_anew_is_tried_again() {
+    let mut host = Host::started(build::VXLAN).await;
+    host.put(4, 4, 4).await;
+    for link in host.network.kernel().state.links.values_mut() {
+        let LinkKind::Vxlan(vxlan) = &mut link.kind else { panic!("no VXLAN device") };
+        vxlan.port = 4789;
+    }
+    host.network.refuse(|step| matches!(step, Step::PutRoute(..)).then(|| "no".into()));
+    host.reconciler.full(&host.view, false).await.unwrap();
+    host.network.refuse_nothing();
+    assert_eq!(host.reconciler.refused(), 1);
+
+    assert_eq!(host.reconciler.retry().await.unwrap().report.applied, 1);
+
+    assert_eq!(host.network.printed(), host.plan(RouteMode::Plain).to_string());
+}
+
+/// Something that happens to a host.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// A host has this subnet, with that MAC and address.
+    Put(u8, u8, u8),
+    Leave(u8),
+    /// Two hosts are given each other's MAC.
+    SwapMacs(u8, u8),
+    /// Two hosts are given each other's subnet.
+    SwapSubnets(u8, u8),
+    /// The history was compacted: nobody has said what changed meanwhile.
+    Missed(u8, u8, u8),
+    /// The kernel refuses to make anything for that subnet while it is put, and does so later.
+    Refused(u8, u8, u8),
+    /// Somebody deletes the object at that place, and the kernel tells of it, or not.
+    Delete(usize, bool),
+    /// Somebody bends the object at that place, and the kernel tells of it, or not.
+    Bend(usize, bool),
+    /// Somebody deletes the device.
+    DeleteDevice,
+    /// A new process over the same kernel, with routes of the other form.
+    Restart,
+    Audit,
+}
+
+impl Event {
+    fn is_about(self, number: u8) -> bool {
+        match self {
+            Self::Put(subnet, ..)
+            | Self::Leave(subnet)
+            | Self::Missed(subnet, ..)
+            | Self::Refused(subnet, ..) => subnet == number,
+            Self::SwapMacs(..) | Self::SwapSubnets(..) => false,
+            Self::Delete(..) | Self::Bend(..) | Self::DeleteDevice | Self::Restart | Self::Audit => false,
+        }
+    }
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let put = || (2u8..8, 1u8..7, 1u8..8);
+    prop_oneof![
+        6 => put().prop_map(|(subnet, mac, host)| Event::Put(subnet, mac, host)),
+        3 => (2u8..8).prop_map(Event::Leave),
+        1 => (2u8..8, 2u8..8).prop_map(|(one, other)| Event::SwapMacs(one, other)),
+        1 => (2u8..8, 2u8..8).prop_map(|(one, other)| Event::SwapSubnets(one, other)),
+        2 => put().prop_map(|(subnet, mac, host)| Event::Missed(subnet, mac, host)),
+        2 => put().prop_map(|(subnet, mac, host)| Event::Refused(subnet, mac, host)),
+        3 => (any::<usize>(), any::<bool>()).prop_map(|(place, told)| Event::Delete(place, told)),
+        3 => (any::<usize>(), any::<bool>()).prop_map(|(place, told)| Event::Bend(place, told)),
+        1 => Just(Event::DeleteDevice),
+        1 => Just(Event::Restart),
+        1 => Just(Event::Audit),
+    ]
+}
+
+/// The host that packets for a subnet are sent to: route, neighbour, forwarding entry.
+fn reached(state: &HostState, number: u8) -> Option<IpAddr> {
+    let Subnet::V4(v4) = build::subnet(number) else { return None };
+    let route = state.routes.get(&RouteKey::to(v4.into()))?;
+    let gateway = route.gateway?;
+    if route
+        .nexthop
+        .is_some_and(|id| state.nexthops.get(&id).and_then(|nexthop| nexthop.gateway) != Some(gateway))
+    {
+        return None;
+    }
+    let mac = state.neighbours.get(&(route.link, gateway))?;
+    state.fdb.get(&(route.link, *mac)).copied()
+}
+
+/// The objects that peers have in a kernel.
+fn objects(state: &HostState) -> Vec<Object> {
+    let neighbours = state.neighbours.iter().map(|((link, ip), mac)| Object::Neighbour(*link, *ip, *mac));
+    let fdb = state.fdb.iter().map(|((link, mac), remote)| Object::Fdb(*link, *mac, *remote));
+    let nexthops = state.nexthops.iter().map(|(id, nexthop)| Object::Nexthop(*id, *nexthop));
+    let routes = state.routes.iter().map(|(key, route)| Object::Route(*key, *route));
+    neighbours.chain(fdb).chain(nexthops).chain(routes).collect()
+}
+
+/// The object, leading elsewhere.
+fn bent(object: Object) -> Object {
+    let elsewhere = IpAddr::from([192, 168, 0, 66]);
+    match object {
+        Object::Neighbour(link, ip, _) => Object::Neighbour(link, ip, MacAddr([0x0e, 0, 0, 0, 0, 6])),
+        Object::Fdb(link, mac, _) => Object::Fdb(link, mac, elsewhere),
+        Object::Nexthop(id, nexthop) => Object::Nexthop(id, Nexthop { gateway: Some(elsewhere), ..nexthop }),
+        Object::Route(key, route) => {
+            Object::Route(key, Route { gateway: Some(elsewhere), nexthop: None, ..route })
+        }
+        other => other,
+    }
+}
+
+impl Host {
+    fn plan(&self, mode: RouteMode) -> HostState {
+        build::planner_in(&self.config, mode).0.plan(&self.view).desired
+    }
+
+    async fn full(&mut self, replan: bool) {
+        assert!(self.reconciler.full(&self.view, replan).await.unwrap().report.in_sync());
+    }
+
+    /// A new process that finds the kernel as the last one left it.
+    async fn restart(&mut self, mode: RouteMode) {
+        let (planner, claim) = build::planner_in(&self.config, mode);
+        self.reconciler = Reconciler::new(self.network.clone(), planner, claim, Selection::default());
+        self.full(true).await;
+    }
+
+    async fn put(&mut self, number: u8, mac: u8, host: u8) {
+        self.hear(vec![LeaseEvent::Put(peer(number, mac, host))]).await;
+    }
+
+    /// MAC and address that the lease on a subnet names.
+    fn lease(&self, number: u8) -> Option<(u8, u8)> {
+        let attrs = self.view.get(&build::subnet(number))?.attrs;
+        match attrs.backend_data? {
+            BackendData::Vtep { mac, .. } => Some((mac.0[5], attrs.public_ip?.octets()[3])),
+            BackendData::Json(_) => None,
+        }
+    }
+
+    /// The events of which one consists.
+    fn parts(&self, event: Event) -> Vec<Event> {
+        let (Event::SwapMacs(one, other) | Event::SwapSubnets(one, other)) = event else {
+            return vec![event];
+        };
+        let (Some(is), Some(others)) = (self.lease(one), self.lease(other)) else { return vec![] };
+        let (now, others_now) = match event {
+            Event::SwapMacs(..) => ((others.0, is.1), (is.0, others.1)),
+            _ => (others, is),
+        };
+        vec![Event::Put(one, now.0, now.1), Event::Put(other, others_now.0, others_now.1)]
+    }
+
+    async fn meddle(&mut self, place: usize, told: bool, with: impl Fn(Object) -> Option<Object>) {
+        let all = objects(&self.network.kernel().state);
+        if all.is_empty() {
+            return;
+        }
+        let object = all[place % all.len()].clone();
+        self.network.meddle(object.key(), with(object));
+        self.before = self.network.kernel().state.clone();
+        if !told {
+            // Nobody hears of it but the audit.
+            return self.full(false).await;
+        }
+        match self.network.changed().await {
+            Changes::Objects(objects) => {
+                let outcome = self.reconciler.repair(objects).await.unwrap().unwrap();
+                assert!(outcome.report.in_sync());
+            }
+            Changes::Everything(_) => self.full(false).await,
+        }
+    }
+
+    async fn live(&mut self, event: Event, mode: &mut RouteMode) {
+        match event {
+            Event::Put(subnet, mac, host) => self.put(subnet, mac, host).await,
+            Event::Leave(subnet) => self.hear(vec![LeaseEvent::Removed(build::subnet(subnet))]).await,
+            Event::SwapMacs(..) | Event::SwapSubnets(..) => unreachable!("these consist of others"),
+            Event::Missed(subnet, mac, host) => {
+                self.view.apply(LeaseEvent::Put(peer(subnet, mac, host)));
+                self.full(true).await;
+            }
+            Event::Refused(subnet, mac, host) => {
+                let words = format!("10.5.{subnet}.0");
+                self.network.refuse(move |step| {
+                    let refused = step.leaves().is_some() && step.to_string().contains(&words);
+                    refused.then(|| "Invalid argument".into())
+                });
+                if let Applied::One(change) = self.view.apply(LeaseEvent::Put(peer(subnet, mac, host))) {
+                    self.reconciler.patch(&change, &self.view).await.unwrap().unwrap();
+                }
+                self.network.refuse_nothing();
+                assert!(self.reconciler.retry().await.unwrap().report.in_sync());
+                assert_eq!(self.reconciler.refused(), 0);
+            }
+            Event::Delete(place, told) => self.meddle(place, told, |_| None).await,
+            Event::Bend(place, told) => self.meddle(place, told, |object| Some(bent(object))).await,
+            Event::DeleteDevice => {
+                self.network.kernel().state.drop_link(build::link("flannel.1"));
+                self.before = self.network.kernel().state.clone();
+                self.full(false).await;
+            }
+            Event::Restart => {
+                *mode = if *mode == RouteMode::Plain { RouteMode::Nexthop } else { RouteMode::Plain };
+                self.restart(*mode).await;
+            }
+            Event::Audit => self.full(false).await,
+        }
+    }
+
+    /// No step may send a subnet's packets to a third host, and none may lose those of a subnet to which nothing happens.
+    fn check_each_step(&self, event: Event, planned: &HostState, now: &HostState) {
+        let mut state = self.before.clone();
+        let steps = self.network.kernel().taken.clone();
+        for step in &steps {
+            diff::take(&mut state, step);
+            for number in 2..8 {
+                let (was, is) = (reached(&self.before, number), reached(&state, number));
+                let (should, shall) = (reached(planned, number), reached(now, number));
+                assert!(
+                    is.is_none() || is == was || is == should || is == shall,
+                    "10.5.{number}.0 went to {is:?} after {step}, one of {steps:#?}"
+                );
+                if was == shall && should == shall && !event.is_about(number) {
+                    assert_eq!(is, shall, "10.5.{number}.0 was lost by {step}, one of {steps:#?}");
+                }
+            }
+        }
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 10_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn random_histories_end_as_a_fresh_plan(
-        history in proptest::collection::vec((2u8..7, 1u8..6, 1u8..7, 0u8..4), 1..40),
+    fn random_histories_end_as_a_fresh_plan_and_mislead_no_packet(
+        history in proptest::collection::vec(event(), 1..25),
+        nexthops in any::<bool>(),
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
+            let mut mode = if nexthops { RouteMode::Nexthop } else { RouteMode::Plain };
             let mut host = Host::started(build::VXLAN).await;
-            for (number, mac, address, what) in history {
-                let event = match what {
-                    0 => LeaseEvent::Removed(build::subnet(number)),
-                    _ => LeaseEvent::Put(peer(number, mac, address)),
-                };
-                host.hear(vec![event]).await;
-                let fresh = build::planner(&host.config).0.plan(&host.view).desired;
-                assert_eq!(host.network.printed(), fresh.to_string());
+            host.restart(mode).await;
+            for event in history {
+                for event in host.parts(event) {
+                    let planned = host.plan(mode);
+                    host.network.kernel().taken.clear();
+                    host.before = host.network.kernel().state.clone();
+                    host.live(event, &mut mode).await;
+
+                    let now = host.plan(mode);
+                    assert_eq!(host.network.printed(), now.to_string(), "{event:?}");
+                    host.check_each_step(event, &planned, &now);
+                }
             }
-            host.check("at the end").await;
+            host.network.kernel().taken.clear();
+            host.full(true).await;
+            assert_eq!(host.network.kernel().taken, []);
         });
     }
 }

@@ -6,9 +6,10 @@ use flannel_core::backend::{self, Node};
 use flannel_core::claim::Claim;
 use flannel_core::lease::{Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
-use flannel_core::plan::Planner;
+use flannel_core::plan::{Planner, RouteMode};
 use flannel_core::state::LinkName;
 use flannel_core::underlay::{Facts, Interface, InterfaceAddress, RouteFact, Underlay};
+use ipnetwork::IpNetwork;
 
 /// The usual cluster.
 pub const VXLAN: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -60,6 +61,7 @@ pub fn facts() -> Facts {
     Facts {
         interfaces: vec![Interface { name: link("eth0"), mtu: 1500, addresses: vec![address] }],
         routes: vec![on("0.0.0.0/0", Some("192.168.0.254")), on("192.168.0.0/24", None)],
+        nexthop_objects: true,
         can_reach: None,
     }
 }
@@ -78,8 +80,15 @@ pub fn underlay() -> Underlay {
 
 /// That host with the subnet 10.5.1.0/24, in a cluster of that config.
 pub fn planner(config: &NetworkConfig) -> (Planner, Claim) {
+    planner_in(config, RouteMode::Auto)
+}
+
+/// The same with routes in that form.
+pub fn planner_in(config: &NetworkConfig, mode: RouteMode) -> (Planner, Claim) {
     let (backend, _) = backend::from_config(config).expect("a backend");
-    let node = Node { networks: config.networks().collect(), underlay: underlay(), lease: peer(1, 1, 1) };
-    let claim = Claim { links: backend.links(), networks: config.networks().collect() };
-    (Planner::new(backend, node), claim)
+    let networks: Vec<IpNetwork> = config.networks().collect();
+    let underlay = underlay();
+    let claim = Claim { links: backend.links(), networks: networks.clone(), underlay: Some(underlay.link) };
+    let node = Node { networks, underlay, lease: peer(1, 1, 1), mtu: None };
+    (Planner::new(backend, node, mode), claim)
 }

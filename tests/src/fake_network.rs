@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use flannel_core::claim::Claim;
 use flannel_core::diff::{self, Step};
 use flannel_core::firewall::Ruleset;
-use flannel_core::host::{Ensured, Failure, Firewall, HostError, Network};
-use flannel_core::state::{HostState, LinkName};
+use flannel_core::host::{Changes, Ensured, Failure, Firewall, HostError, Network, Observed};
+use flannel_core::state::{HostState, Key, LinkName, Nexthop, Object, Route};
 use flannel_core::underlay::Facts;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::build;
 
@@ -35,6 +35,8 @@ pub struct Kernel {
     /// Whether it takes steps and never answers.
     pub silent: bool,
     refuse: Option<Refusal>,
+    /// What it has told of and nobody has taken yet.
+    told: Option<Changes>,
 }
 
 /// A handle on a kernel in memory.
@@ -42,6 +44,7 @@ pub struct Kernel {
 pub struct FakeNetwork {
     kernel: Arc<Mutex<Kernel>>,
     changes: watch::Sender<usize>,
+    told: Arc<Notify>,
 }
 
 impl Default for FakeNetwork {
@@ -54,8 +57,10 @@ impl Default for FakeNetwork {
             broken: VecDeque::new(),
             silent: false,
             refuse: None,
+            told: None,
         };
-        Self { kernel: Arc::new(Mutex::new(kernel)), changes: watch::Sender::new(0) }
+        let kernel = Arc::new(Mutex::new(kernel));
+        Self { kernel, changes: watch::Sender::new(0), told: Arc::default() }
     }
 }
 
@@ -71,6 +76,26 @@ impl FakeNetwork {
     /// What the kernel holds, printed.
     pub fn printed(&self) -> String {
         self.kernel().state.to_string()
+    }
+
+    /// Somebody else changes an object, and the kernel tells of it.
+    pub fn meddle(&self, key: Key, object: Option<Object>) {
+        let mut kernel = self.kernel();
+        if let (Key::Nexthop(id), None) = (&key, &object) {
+            kernel.state.drop_nexthop(*id);
+        }
+        kernel.state.set(&key, object.clone());
+        drop(kernel);
+        self.tell(Changes::Objects([(key, object)].into()));
+    }
+
+    /// The kernel tells of something.
+    pub fn tell(&self, changes: Changes) {
+        match &mut self.kernel().told {
+            Some(told) => told.merge(changes),
+            nothing => *nothing = Some(changes),
+        }
+        self.told.notify_one();
     }
 
     /// Has the kernel refuse the steps for which `refuse` gives a reason.
@@ -92,7 +117,7 @@ impl FakeNetwork {
         changes.wait_for(|_| is_so(&self.kernel())).await.expect("the sender is ours");
     }
 
-    fn changed(&self) {
+    fn news(&self) {
         self.changes.send_modify(|count| *count += 1);
     }
 }
@@ -111,8 +136,19 @@ impl Kernel {
             {
                 return Err("No such device".into());
             }
-            Step::PutRoute(_, route) if !there(&route.link) => return Err("No such device".into()),
-            Step::PutRoute(_, route) if !up(&route.link) => return Err("Network is down".into()),
+            Step::PutRoute(_, Route { link, .. }) | Step::PutNexthop(_, Nexthop { link, .. })
+                if !there(link) =>
+            {
+                return Err("No such device".into());
+            }
+            Step::PutRoute(_, Route { link, .. }) | Step::PutNexthop(_, Nexthop { link, .. })
+                if !up(link) =>
+            {
+                return Err("Network is down".into());
+            }
+            Step::PutRoute(_, Route { nexthop: Some(id), .. }) if !self.state.nexthops.contains_key(id) => {
+                return Err("Invalid argument (Nexthop id does not exist)".into());
+            }
             Step::PutRoute(_, route)
                 if self.state.addresses.iter().any(|(_, own)| Some(own.ip()) == route.gateway) =>
             {
@@ -133,21 +169,19 @@ impl Kernel {
 }
 
 impl Network for FakeNetwork {
-    async fn facts(&mut self, _can_reach: Option<IpAddr>) -> Result<Facts, HostError> {
-        Ok(self.kernel().facts.clone())
-    }
-
-    async fn observe(&mut self, claim: &Claim) -> Result<HostState, HostError> {
+    async fn observe(&mut self, claim: &Claim, _can_reach: Option<IpAddr>) -> Result<Observed, HostError> {
         let mut kernel = self.kernel();
         kernel.observed += 1;
+        kernel.told = None;
         if let Some(reason) = kernel.broken.pop_front() {
             return Err(HostError::Broken { operation: "reading the kernel".into(), source: reason.into() });
         }
         let mut state = kernel.state.clone();
         claim.filter(&mut state);
+        let facts = kernel.facts.clone();
         drop(kernel);
-        self.changed();
-        Ok(state)
+        self.news();
+        Ok(Observed { state, facts })
     }
 
     async fn apply(&mut self, steps: Vec<Step>) -> Result<Vec<Failure>, HostError> {
@@ -158,11 +192,20 @@ impl Network for FakeNetwork {
             }
         }
         let silent = self.kernel().silent;
-        self.changed();
+        self.news();
         if silent {
             std::future::pending::<()>().await;
         }
         Ok(failures)
+    }
+
+    async fn changed(&mut self) -> Changes {
+        loop {
+            if let Some(changes) = self.kernel().told.take() {
+                return changes;
+            }
+            self.told.notified().await;
+        }
     }
 }
 

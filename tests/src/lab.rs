@@ -234,7 +234,8 @@ impl Lab {
         run(&["ip", "-n", namespace, "-batch", &file.display().to_string()]);
     }
 
-    fn wire(&self) -> String {
+    /// The name of the namespace that etcd is in.
+    pub fn wire(&self) -> String {
         format!("{}-wire", self.name)
     }
 
@@ -375,8 +376,15 @@ impl Host {
     /// # Panics
     /// The host's directory cannot be made.
     pub fn daemon(&self, program: &Path, name: &str, file: &Path, flags: &[&str]) -> Process {
+        self.start(self.command(program), name, file, flags)
+    }
+
+    /// Starts a daemon by a command that leads to the host, with what follows the program's name.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn start(&self, mut command: Command, name: &str, file: &Path, flags: &[&str]) -> Process {
         fs::create_dir_all(&self.directory).expect("a directory can be made");
-        let mut command = self.command(program);
         command.arg(format!("--etcd-endpoints={ETCD}")).arg(format!("--subnet-file={}", file.display()));
         // Each host of a lab has a lock of its own, as a host of its own would.
         command.args(flags).env("XTABLES_LOCKFILE", self.directory.join("xtables.lock"));

@@ -22,7 +22,9 @@ pub struct Leases {
     pub away: bool,
     /// How often a lease was renewed.
     pub renewals: usize,
-    /// How long answers to renewing and restoring are on their way.
+    /// How often its holder has written to a lease since it took it.
+    pub writes: usize,
+    /// How long answers to renewing and publishing are on their way.
     pub delay: Duration,
     watchers: Vec<mpsc::UnboundedSender<Result<LeaseEvent, StoreError>>>,
 }
@@ -160,26 +162,30 @@ impl LeaseStore for MemoryStore {
         answer
     }
 
-    async fn restore(&self, held: &HeldLease) -> Result<HeldLease, StoreError> {
+    async fn publish(&self, held: &HeldLease, attrs: &LeaseAttrs) -> Result<HeldLease, StoreError> {
         if self.inner().away {
             return Err(unreachable());
         }
         let standing = self.inner().leases.get(&held.lease.subnet).cloned();
+        let ours = [held.lease.attrs.public_ip, attrs.public_ip];
         let tenure = match &standing {
-            Some(other) if other.attrs.public_ip != held.lease.attrs.public_ip => {
+            Some(other) if !ours.contains(&other.attrs.public_ip) => {
                 return Err(StoreError::Lost { subnet: held.lease.subnet, holder: other.attrs.public_ip });
             }
             Some(ours) => ours.tenure,
             None => Tenure::Leased,
         };
-        let lease = Lease { tenure, ..held.lease.clone() };
+        let lease = Lease { subnet: held.lease.subnet, attrs: attrs.clone(), tenure };
         if standing.as_ref() != Some(&lease) {
+            self.inner().writes += 1;
             self.put(lease.clone());
         }
         let answer = Ok(self.held(lease));
         self.wait().await;
         answer
     }
+
+    fn host_moved(&self) {}
 
     fn watch(&self) -> MemoryWatch {
         let (sender, events) = mpsc::unbounded_channel();

@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 use crate::json::{BadValue, Object};
 use crate::lease::{Lease, LeaseAttrs};
 use crate::network::{ConfigError, NetworkConfig};
-use crate::state::{HostState, LinkName, MacAddr};
+use crate::state::{self, HostState, LinkName, MacAddr};
 use crate::underlay::Underlay;
 
 mod alloc;
@@ -34,6 +34,8 @@ pub struct Node {
     pub underlay: Underlay,
     /// Our own lease.
     pub lease: Lease,
+    /// An MTU of our device that somebody else insists on, in bytes; `None` for the one that follows from the underlay.
+    pub mtu: Option<u32>,
 }
 
 /// A kind of connection between hosts.
@@ -46,10 +48,15 @@ pub trait Backend: Send + Sync + 'static {
     fn links(&self) -> Vec<LinkName>;
 
     /// In bytes, of a packet from container to container: for `subnet.env`.
-    fn mtu(&self, underlay: &Underlay) -> u32;
+    fn mtu(&self, node: &Node) -> u32;
 
     /// Whether the config asks for more than the underlay carries, and is cut to it.
     fn mtu_cut(&self, _underlay: &Underlay) -> bool {
+        false
+    }
+
+    /// Whether it plans by the routes of the underlay too.
+    fn looks_at_routes(&self) -> bool {
         false
     }
 
@@ -66,11 +73,11 @@ pub trait Backend: Send + Sync + 'static {
     /// What this host needs for itself: devices and their addresses.
     fn plan_node(&self, node: &Node) -> HostState;
 
-    /// What this host needs to reach one peer.
+    /// What this host needs to reach one peer: no devices, and no object under one key twice.
     ///
     /// # Errors
     /// Why the peer is skipped, as a phrase.
-    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<HostState, String>;
+    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<Vec<state::Object>, String>;
 }
 
 /// Names that flanneld knows and we do not have yet.
@@ -164,15 +171,6 @@ fn flaw_of(node: &Node, address: IpAddr) -> Option<&'static str> {
     } else {
         None
     }
-}
-
-/// A MAC that a device of a peer can have.
-///
-/// # Errors
-/// Why not, as a phrase.
-fn unicast(text: &str, key: &str) -> Result<MacAddr, String> {
-    let mac: MacAddr = text.parse().map_err(|error| format!("{key} {text:?} is {error}"))?;
-    if mac.is_unicast() { Ok(mac) } else { Err(format!("{key} {mac} is not the address of one device")) }
 }
 
 /// A member of a backend's data, as text.

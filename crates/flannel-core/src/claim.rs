@@ -8,7 +8,9 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use crate::state::{HostState, LinkName, ROUTE_PROTOCOL, ROUTE_PROTOCOL_BOOT, Route, RouteKey};
+use crate::state::{
+    HostState, LinkName, Nexthop, NexthopId, Object, ROUTE_PROTOCOL, ROUTE_PROTOCOL_BOOT, Route, RouteKey,
+};
 
 /// How to recognise what is ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +19,8 @@ pub struct Claim {
     pub links: Vec<LinkName>,
     /// The cluster's networks, and those of our previous run.
     pub networks: Vec<IpNetwork>,
+    /// The interface between the hosts: not ours, but what happens to it concerns us.
+    pub underlay: Option<LinkName>,
 }
 
 impl Claim {
@@ -35,6 +39,13 @@ impl Claim {
         self.owns_link(link)
     }
 
+    /// A nexthop object is ours if it is on our device and either carries our
+    /// protocol or is numbered by an address of the network: nobody else numbers by those.
+    pub fn owns_nexthop(&self, id: NexthopId, nexthop: &Nexthop) -> bool {
+        let marked = nexthop.protocol == ROUTE_PROTOCOL;
+        self.owns_link(nexthop.link) && (marked || self.contains(id.gateway()))
+    }
+
     /// A route is ours if it carries our protocol and either leaves by our
     /// device or leads into the network; or if a Go flanneld left it: no mark
     /// (`boot`), by our device, into the network.
@@ -51,12 +62,24 @@ impl Claim {
         }
     }
 
+    /// Whether an object is ours.
+    pub fn owns(&self, object: &Object) -> bool {
+        match object {
+            Object::Link(name, _) => self.owns_link(*name),
+            Object::Address(link, address) => self.owns_address(*link, *address),
+            Object::Neighbour(link, ..) | Object::Fdb(link, ..) => self.owns_entry(*link),
+            Object::Nexthop(id, nexthop) => self.owns_nexthop(*id, nexthop),
+            Object::Route(key, route) => self.owns_route(key, route),
+        }
+    }
+
     /// Leaves only what is ours in `state`.
     pub fn filter(&self, state: &mut HostState) {
         state.links.retain(|link, _| self.owns_link(*link));
         state.addresses.retain(|(link, address)| self.owns_address(*link, *address));
         state.neighbours.retain(|(link, _), _| self.owns_entry(*link));
         state.fdb.retain(|(link, _), _| self.owns_entry(*link));
+        state.nexthops.retain(|id, nexthop| self.owns_nexthop(*id, nexthop));
         state.routes.retain(|key, route| self.owns_route(key, route));
     }
 
@@ -75,7 +98,11 @@ mod tests {
     use super::*;
 
     fn claim() -> Claim {
-        Claim { links: vec![name("flannel.1")], networks: vec!["10.5.0.0/16".parse().unwrap()] }
+        Claim {
+            links: vec![name("flannel.1")],
+            networks: vec!["10.5.0.0/16".parse().unwrap()],
+            underlay: None,
+        }
     }
 
     fn name(text: &str) -> LinkName {
@@ -84,7 +111,14 @@ mod tests {
 
     fn owns(destination: &str, link: &str, protocol: u8) -> bool {
         let key = RouteKey::to(destination.parse().unwrap());
-        let route = Route { link: name(link), gateway: None, onlink: true, protocol, decorated: false };
+        let route = Route {
+            link: name(link),
+            gateway: None,
+            onlink: true,
+            protocol,
+            decorated: false,
+            nexthop: None,
+        };
         claim().owns_route(&key, &route)
     }
 

@@ -15,6 +15,7 @@ use serde::ser::{Serialize, SerializeStruct, Serializer};
 use serde_json::value::RawValue;
 
 use crate::json::{BadValue, Object};
+use crate::state::MacAddr;
 
 /// The identity of a lease: an IPv4 prefix, an IPv6 prefix, or both.
 ///
@@ -89,6 +90,53 @@ impl Serialize for RawJson {
     }
 }
 
+/// What a backend publishes beside the addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendData {
+    /// The tunnel end of a VXLAN node. Every peer of a large cluster has one, so
+    /// what it says is kept and not its text.
+    Vtep {
+        /// Nodes before flannel v0.14 publish none.
+        vni: Option<u32>,
+        /// The address of its device.
+        mac: MacAddr,
+    },
+    /// Anything else, as it stands.
+    Json(RawJson),
+}
+
+impl BackendData {
+    fn read(text: &str) -> Self {
+        Self::vtep(text).unwrap_or_else(|| Self::Json(RawJson(text.into())))
+    }
+
+    /// What `text` says if it is a VXLAN node's and says nothing else.
+    fn vtep(text: &str) -> Option<Self> {
+        let object = Object::parse("", text).ok()?;
+        if !object.unknown(&["VNI", "VtepMAC"]).is_empty() {
+            return None;
+        }
+        let vni = object.number("VNI", 0..=u32::MAX).ok()?;
+        Some(Self::Vtep { vni, mac: object.text("VtepMAC").ok()??.parse().ok()? })
+    }
+}
+
+impl Serialize for BackendData {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Vtep { vni, mac } => {
+                let mut object = serializer.serialize_struct("BackendData", 2)?;
+                if let Some(vni) = vni {
+                    object.serialize_field("VNI", vni)?;
+                }
+                object.serialize_field("VtepMAC", &mac.to_string())?;
+                object.end()
+            }
+            Self::Json(json) => json.serialize(serializer),
+        }
+    }
+}
+
 /// What a node tells the others: the value of its lease key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseAttrs {
@@ -98,10 +146,10 @@ pub struct LeaseAttrs {
     pub public_ipv6: Option<Ipv6Addr>,
     /// `vxlan`, `host-gw` …; empty for backends that publish no type.
     pub backend_type: Cow<'static, str>,
-    /// The backend's own words for IPv4, as JSON.
-    pub backend_data: Option<RawJson>,
-    /// The backend's own words for IPv6, as JSON.
-    pub backend_v6_data: Option<RawJson>,
+    /// The backend's own words for IPv4.
+    pub backend_data: Option<BackendData>,
+    /// The backend's own words for IPv6; few have any.
+    pub backend_v6_data: Option<Box<BackendData>>,
 }
 
 impl LeaseAttrs {
@@ -112,15 +160,15 @@ impl LeaseAttrs {
     /// absent but not `null`-like text or IPv6.
     pub fn from_json(text: &str) -> Result<Self, BadValue> {
         let object = Object::parse("", text)?;
-        let raw = |key| object.get(key).map(|text| RawJson(text.into()));
+        let data = |key| object.get(key).map(BackendData::read);
         let public_ip: Option<Ipv4Addr> = object.parsed("PublicIP", "an IPv4 address")?;
         let backend_type = object.text("BackendType")?.unwrap_or_default();
         Ok(Self {
             public_ip: public_ip.filter(|ip| !ip.is_unspecified()),
             public_ipv6: object.parsed("PublicIPv6", "an IPv6 address")?,
             backend_type: interned(backend_type),
-            backend_data: raw("BackendData"),
-            backend_v6_data: raw("BackendV6Data"),
+            backend_data: data("BackendData"),
+            backend_v6_data: data("BackendV6Data").map(Box::new),
         })
     }
 
@@ -216,7 +264,10 @@ mod tests {
             public_ip: Some(Ipv4Addr::new(192, 168, 77, 1)),
             public_ipv6: None,
             backend_type: "vxlan".into(),
-            backend_data: Some(RawJson(r#"{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}"#.into())),
+            backend_data: Some(BackendData::Vtep {
+                vni: Some(1),
+                mac: MacAddr([0x36, 0x8a, 0xca, 0x4c, 0x79, 0xec]),
+            }),
             backend_v6_data: None,
         }
     }
@@ -242,7 +293,7 @@ mod tests {
             public_ip: None,
             public_ipv6: Some("fd77::1".parse().unwrap()),
             backend_data: None,
-            backend_v6_data: vxlan().backend_data,
+            backend_v6_data: vxlan().backend_data.map(Box::new),
             ..vxlan()
         };
 
@@ -250,6 +301,21 @@ mod tests {
             attrs.to_json(),
             r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::1","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}}"#
         );
+    }
+
+    #[test]
+    fn data_that_says_more_or_other_than_a_tunnel_end_is_kept_as_it_stands() {
+        for data in [
+            r#"{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec","New":1}"#,
+            r#"{"VNI":1,"VtepMAC":"36:8a"}"#,
+            r#"{"VNI":-1,"VtepMAC":"36:8a:ca:4c:79:ec"}"#,
+            r#"{"VNI":1}"#,
+            "[1]",
+        ] {
+            let attrs = LeaseAttrs::from_json(&format!(r#"{{"BackendData":{data}}}"#)).unwrap();
+
+            assert_eq!(attrs.backend_data, Some(BackendData::Json(RawJson(data.into()))), "{data}");
+        }
     }
 
     #[test]
@@ -266,6 +332,7 @@ mod tests {
 
         assert_eq!(attrs.public_ip, vxlan().public_ip);
         assert_eq!(attrs.public_ipv6, None);
+        assert!(matches!(attrs.backend_data, Some(BackendData::Vtep { vni: None, .. })));
     }
 
     #[test]
@@ -278,7 +345,7 @@ mod tests {
 
     #[test]
     fn markup_in_a_string_is_escaped_as_go_escapes_it() {
-        let attrs = LeaseAttrs { backend_data: Some(RawJson::of(&"<a&b>")), ..vxlan() };
+        let attrs = LeaseAttrs { backend_data: Some(BackendData::Json(RawJson::of(&"<a&b>"))), ..vxlan() };
 
         assert!(attrs.to_json().ends_with(r#""BackendData":"\u003ca\u0026b\u003e"}"#), "{}", attrs.to_json());
     }

@@ -7,7 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU32;
 use std::str::FromStr;
 
 use ipnetwork::IpNetwork;
@@ -181,10 +182,37 @@ impl Link {
     pub fn can_become(&self, desired: &Link) -> bool {
         match (&self.kind, &desired.kind) {
             (LinkKind::Vxlan(is), LinkKind::Vxlan(should)) => {
-                Vxlan { learning: should.learning, ..is.clone() } == *should
+                let Vxlan { local, lower, learning, .. } = *should;
+                // Where it sends from can be changed, but not taken away or moved to the other family.
+                let source = match (is.local, local) {
+                    (Some(is), Some(should)) => is.is_ipv4() == should.is_ipv4(),
+                    (is, should) => is == should,
+                };
+                let device = is.lower == lower || lower.is_some();
+                source && device && Vxlan { local, lower, learning, ..is.clone() } == *should
             }
             _ => self.kind == desired.kind,
         }
+    }
+}
+
+impl Link {
+    /// What is not as it should be, as a phrase: `mtu 1300, not 1450; down`.
+    pub fn differences(&self, should: &Link) -> String {
+        let mut differing = Vec::new();
+        if self.mac != should.mac {
+            differing.push(format!("address {}, not {}", self.mac, should.mac));
+        }
+        if self.mtu != should.mtu {
+            differing.push(format!("mtu {}, not {}", self.mtu, should.mtu));
+        }
+        if self.up != should.up {
+            differing.push(if self.up { "up" } else { "down" }.into());
+        }
+        if self.kind != should.kind {
+            differing.push(format!("{}, not {}", self.kind, should.kind));
+        }
+        differing.join("; ")
     }
 }
 
@@ -217,6 +245,99 @@ pub struct Route {
     pub protocol: u8,
     /// Whether it carries anything that we never set: a preferred source, metrics, a weight.
     pub decorated: bool,
+    /// The nexthop object that says where it leads; device and next hop are then that object's.
+    pub nexthop: Option<NexthopId>,
+}
+
+/// The number of a nexthop object, one of its network namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NexthopId(pub NonZeroU32);
+
+impl NexthopId {
+    /// Our number for the object of a gateway: the IPv4 address itself. Our
+    /// gateways lie in the cluster's network, which nobody else numbers by.
+    ///
+    /// `None` for IPv6, whose routes have no need of such objects: there the
+    /// kernel does not look for a route's like among all others.
+    pub fn of(gateway: IpAddr) -> Option<Self> {
+        match gateway {
+            IpAddr::V4(v4) => NonZeroU32::new(v4.to_bits()).map(Self),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    /// The gateway that the number stands for.
+    pub fn gateway(self) -> IpAddr {
+        IpAddr::V4(Ipv4Addr::from_bits(self.0.get()))
+    }
+}
+
+impl fmt::Display for NexthopId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// A nexthop object with one device: what routes can share instead of each
+/// saying it (`linux/nexthop.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nexthop {
+    /// The interface.
+    pub link: LinkName,
+    /// The next hop.
+    pub gateway: Option<IpAddr>,
+    /// Whether the next hop is taken to be on the link whatever the addresses say.
+    pub onlink: bool,
+    /// Who made it.
+    pub protocol: u8,
+}
+
+/// One object of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// A device.
+    Link(LinkName, Box<Link>),
+    /// An address of a device.
+    Address(LinkName, IpNetwork),
+    /// A permanent neighbour entry.
+    Neighbour(LinkName, IpAddr, MacAddr),
+    /// A permanent forwarding entry.
+    Fdb(LinkName, MacAddr, IpAddr),
+    /// A nexthop object.
+    Nexthop(NexthopId, Nexthop),
+    /// A route of the main table.
+    Route(RouteKey, Route),
+}
+
+/// What the kernel tells objects apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// A device.
+    Link(LinkName),
+    /// An address of a device.
+    Address(LinkName, IpNetwork),
+    /// A permanent neighbour entry.
+    Neighbour(LinkName, IpAddr),
+    /// A permanent forwarding entry.
+    Fdb(LinkName, MacAddr),
+    /// A nexthop object.
+    Nexthop(NexthopId),
+    /// A route of the main table.
+    Route(RouteKey),
+}
+
+impl Object {
+    /// What the kernel tells it apart by.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Link(name, _) => Key::Link(*name),
+            Self::Address(link, address) => Key::Address(*link, *address),
+            Self::Neighbour(link, ip, _) => Key::Neighbour(*link, *ip),
+            Self::Fdb(link, mac, _) => Key::Fdb(*link, *mac),
+            Self::Nexthop(id, _) => Key::Nexthop(*id),
+            Self::Route(key, _) => Key::Route(*key),
+        }
+    }
 }
 
 /// The objects of a host, by the keys the kernel knows them by.
@@ -230,31 +351,57 @@ pub struct HostState {
     pub neighbours: BTreeMap<(LinkName, IpAddr), MacAddr>,
     /// Permanent forwarding entries: which host a MAC lives on.
     pub fdb: BTreeMap<(LinkName, MacAddr), IpAddr>,
+    /// Nexthop objects.
+    pub nexthops: BTreeMap<NexthopId, Nexthop>,
     /// Routes of the main table.
     pub routes: BTreeMap<RouteKey, Route>,
 }
 
 impl HostState {
-    /// Takes in everything of `other`; where both have a key, `other` wins.
-    pub fn merge(&mut self, other: HostState) {
-        self.links.extend(other.links);
-        self.addresses.extend(other.addresses);
-        self.neighbours.extend(other.neighbours);
-        self.fdb.extend(other.fdb);
-        self.routes.extend(other.routes);
+    /// Takes an object in, in the place of one with the same key.
+    pub fn put(&mut self, object: Object) {
+        match object {
+            Object::Link(name, link) => drop(self.links.insert(name, *link)),
+            Object::Address(link, address) => drop(self.addresses.insert((link, address))),
+            Object::Neighbour(link, ip, mac) => drop(self.neighbours.insert((link, ip), mac)),
+            Object::Fdb(link, mac, remote) => drop(self.fdb.insert((link, mac), remote)),
+            Object::Nexthop(id, nexthop) => drop(self.nexthops.insert(id, nexthop)),
+            Object::Route(key, route) => drop(self.routes.insert(key, route)),
+        }
     }
 
-    /// The part of this state that has a key of `one` or of `other`.
-    pub fn select(&self, one: &HostState, other: &HostState) -> HostState {
-        let mut part = HostState::default();
-        for keys in [one, other] {
-            pick(&self.links, &keys.links, &mut part.links);
-            pick(&self.neighbours, &keys.neighbours, &mut part.neighbours);
-            pick(&self.fdb, &keys.fdb, &mut part.fdb);
-            pick(&self.routes, &keys.routes, &mut part.routes);
-            part.addresses.extend(keys.addresses.intersection(&self.addresses));
+    /// The object with that key.
+    pub fn get(&self, key: &Key) -> Option<Object> {
+        Some(match *key {
+            Key::Link(name) => Object::Link(name, Box::new(self.links.get(&name)?.clone())),
+            Key::Address(link, address) => {
+                self.addresses.get(&(link, address)).map(|_| Object::Address(link, address))?
+            }
+            Key::Neighbour(link, ip) => Object::Neighbour(link, ip, *self.neighbours.get(&(link, ip))?),
+            Key::Fdb(link, mac) => Object::Fdb(link, mac, *self.fdb.get(&(link, mac))?),
+            Key::Nexthop(id) => Object::Nexthop(id, *self.nexthops.get(&id)?),
+            Key::Route(key) => Object::Route(key, *self.routes.get(&key)?),
+        })
+    }
+
+    /// Takes the object with that key out.
+    pub fn remove(&mut self, key: &Key) {
+        match *key {
+            Key::Link(name) => drop(self.links.remove(&name)),
+            Key::Address(link, address) => drop(self.addresses.remove(&(link, address))),
+            Key::Neighbour(link, ip) => drop(self.neighbours.remove(&(link, ip))),
+            Key::Fdb(link, mac) => drop(self.fdb.remove(&(link, mac))),
+            Key::Nexthop(id) => drop(self.nexthops.remove(&id)),
+            Key::Route(key) => drop(self.routes.remove(&key)),
         }
-        part
+    }
+
+    /// Puts the object in, or takes out what has the key if there is none.
+    pub fn set(&mut self, key: &Key, object: Option<Object>) {
+        match object {
+            Some(object) => self.put(object),
+            None => self.remove(key),
+        }
     }
 
     /// Forgets the neighbours of a device, as the kernel does when its MAC changes.
@@ -268,43 +415,76 @@ impl HostState {
         self.addresses.retain(|(link, _)| *link != name);
         self.drop_neighbours(name);
         self.fdb.retain(|(link, _), _| *link != name);
+        self.nexthops.retain(|_, nexthop| nexthop.link != name);
         self.routes.retain(|_, route| route.link != name);
+    }
+
+    /// Forgets a nexthop object and the routes that lead through it, as the kernel does.
+    pub fn drop_nexthop(&mut self, id: NexthopId) {
+        if self.nexthops.remove(&id).is_some() {
+            self.routes.retain(|_, route| route.nexthop != Some(id));
+        }
     }
 }
 
-fn pick<K: Ord + Copy, V: Clone>(from: &BTreeMap<K, V>, keys: &BTreeMap<K, V>, into: &mut BTreeMap<K, V>) {
-    for key in keys.keys() {
-        if let Some(value) = from.get(key) {
-            into.insert(*key, value.clone());
+/// Many objects at once; of two with one key the last counts.
+impl FromIterator<Object> for HostState {
+    fn from_iter<I: IntoIterator<Item = Object>>(objects: I) -> Self {
+        // A map built from a list is half the size of one that grew key by key.
+        let mut links = Vec::new();
+        let mut addresses = Vec::new();
+        let mut neighbours = Vec::new();
+        let mut fdb = Vec::new();
+        let mut nexthops = Vec::new();
+        let mut routes = Vec::new();
+        for object in objects {
+            match object {
+                Object::Link(name, link) => links.push((name, *link)),
+                Object::Address(link, address) => addresses.push((link, address)),
+                Object::Neighbour(link, ip, mac) => neighbours.push(((link, ip), mac)),
+                Object::Fdb(link, mac, remote) => fdb.push(((link, mac), remote)),
+                Object::Nexthop(id, nexthop) => nexthops.push((id, nexthop)),
+                Object::Route(key, route) => routes.push((key, route)),
+            }
         }
+        Self {
+            links: links.into_iter().collect(),
+            addresses: addresses.into_iter().collect(),
+            neighbours: neighbours.into_iter().collect(),
+            fdb: fdb.into_iter().collect(),
+            nexthops: nexthops.into_iter().collect(),
+            routes: routes.into_iter().collect(),
+        }
+    }
+}
+
+impl fmt::Display for LinkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let vxlan = match self {
+            LinkKind::Vxlan(vxlan) => vxlan,
+            LinkKind::Other(words) => return f.write_str(words),
+        };
+        write!(f, "vxlan id {}", vxlan.vni)?;
+        if let Some(local) = vxlan.local {
+            write!(f, " local {local}")?;
+        }
+        if let Some(lower) = vxlan.lower {
+            write!(f, " dev {lower}")?;
+        }
+        write!(f, " dstport {}", vxlan.port)?;
+        f.write_str(if vxlan.learning { " learning" } else { " nolearning" })?;
+        if vxlan.gbp { f.write_str(" gbp") } else { Ok(()) }
     }
 }
 
 impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.kind {
-            LinkKind::Vxlan(vxlan) => {
-                write!(f, "vxlan id {}", vxlan.vni)?;
-                if let Some(local) = vxlan.local {
-                    write!(f, " local {local}")?;
-                }
-                if let Some(lower) = vxlan.lower {
-                    write!(f, " dev {lower}")?;
-                }
-                write!(f, " dstport {}", vxlan.port)?;
-                f.write_str(if vxlan.learning { " learning" } else { " nolearning" })?;
-                if vxlan.gbp {
-                    f.write_str(" gbp")?;
-                }
-            }
-            LinkKind::Other(words) => f.write_str(words)?,
-        }
         let state = if self.up { "up" } else { "down" };
-        write!(f, " address {} mtu {} {state}", self.mac, self.mtu)
+        write!(f, "{} address {} mtu {} {state}", self.kind, self.mac, self.mtu)
     }
 }
 
-impl fmt::Display for Route {
+impl fmt::Display for Nexthop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(gateway) = self.gateway {
             write!(f, "via {gateway} ")?;
@@ -315,9 +495,17 @@ impl fmt::Display for Route {
             ROUTE_PROTOCOL_BOOT => f.write_str(" proto boot")?,
             other => write!(f, " proto {other}")?,
         }
-        if self.onlink {
-            f.write_str(" onlink")?;
+        if self.onlink { f.write_str(" onlink") } else { Ok(()) }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(id) = self.nexthop {
+            write!(f, "nhid {id} ")?;
         }
+        let Self { link, gateway, onlink, protocol, .. } = *self;
+        write!(f, "{}", Nexthop { link, gateway, onlink, protocol })?;
         if self.decorated {
             f.write_str(" (and more)")?;
         }
@@ -345,6 +533,9 @@ impl fmt::Display for HostState {
         }
         for ((link, mac), remote) in &self.fdb {
             writeln!(f, "fdb {mac} dst {remote} dev {link}")?;
+        }
+        for (id, nexthop) in &self.nexthops {
+            writeln!(f, "nexthop {id} {nexthop}")?;
         }
         for (key, route) in &self.routes {
             writeln!(f, "route {key} {route}")?;
@@ -380,6 +571,17 @@ mod tests {
         ] {
             assert_eq!(text.parse::<MacAddr>(), Err(BadMacAddr), "{text}");
         }
+    }
+
+    #[test]
+    fn what_differs_of_a_device_is_told_and_nothing_else() {
+        let should =
+            Link { kind: LinkKind::Other("bridge".into()), mac: MacAddr([2; 6]), mtu: 1450, up: true };
+
+        let is = Link { mtu: 1300, up: false, ..should.clone() };
+
+        assert_eq!(is.differences(&should), "mtu 1300, not 1450; down");
+        assert_eq!(should.differences(&should), "");
     }
 
     #[test]

@@ -148,9 +148,18 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// Keeps the lease for another term; says when that term ends.
     fn renew(&self, held: &HeldLease) -> impl Future<Output = Result<Expiry, StoreError>> + Send;
 
-    /// Puts a lease of ours that vanished back under the same subnet, unless
-    /// somebody else holds it by now.
-    fn restore(&self, held: &HeldLease) -> impl Future<Output = Result<HeldLease, StoreError>> + Send;
+    /// Makes a lease of ours say `attrs`, under the same subnet: puts it back if
+    /// it vanished, writes it once if it says something else. What somebody else
+    /// holds by now is left alone.
+    fn publish(
+        &self,
+        held: &HeldLease,
+        attrs: &LeaseAttrs,
+    ) -> impl Future<Output = Result<HeldLease, StoreError>> + Send;
+
+    /// This host has another address: connections from the former one lead
+    /// nowhere, though nobody has closed them.
+    fn host_moved(&self);
 
     /// Everybody's leases, from now on. The first event is a snapshot.
     fn watch(&self) -> Self::Watch;

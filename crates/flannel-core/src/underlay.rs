@@ -22,6 +22,8 @@ pub struct Facts {
     pub interfaces: Vec<Interface>,
     /// Unicast routes of the main table that no flannel made, in the kernel's order.
     pub routes: Vec<RouteFact>,
+    /// Whether the kernel has nexthop objects (Linux 5.3).
+    pub nexthop_objects: bool,
     /// The answer to `--iface-can-reach`, if it was asked: the interface and
     /// the source address the kernel would use, or why there is none.
     pub can_reach: Option<Result<(LinkName, IpAddr), String>>,
@@ -169,6 +171,37 @@ pub fn choose(facts: &Facts, selection: &Selection) -> Result<Chosen, NoUnderlay
         }
     }
     Err(NoUnderlay { tried, candidates: candidates(facts) })
+}
+
+/// Where a host stands now that stood at `current`: where it would choose to
+/// stand, but by the address that it has for as long as the interface has that.
+///
+/// # Errors
+/// Nothing fits just now, or nothing but a link-local address, as a DHCP client
+/// gives when nobody answers it.
+pub fn follow(facts: &Facts, selection: &Selection, current: &Underlay) -> Result<Underlay, NoUnderlay> {
+    let chosen = choose(facts, selection)?.underlay;
+    let interface = facts.interfaces.iter().find(|interface| interface.name == chosen.link);
+    let better = |address: &Ipv4Addr| *address == current.address && !address.is_link_local();
+    if chosen.link == current.link
+        && interface.is_some_and(|interface| usable(interface).any(|own| better(&own)))
+    {
+        // A second address, of a virtual router say, is no reason to move.
+        let public_ip = selection.public_ip.unwrap_or(current.address);
+        return Ok(Underlay { address: current.address, public_ip, ..chosen });
+    }
+    if chosen.address.is_link_local() && !current.address.is_link_local() {
+        let tried = vec![format!("{} has nothing but {} left", chosen.link, chosen.address)];
+        return Err(NoUnderlay { tried, candidates: candidates(facts) });
+    }
+    Ok(chosen)
+}
+
+/// Whether an address stands alone, without a network, as that of a virtual
+/// router does while it is on this host.
+pub fn is_alone(facts: &Facts, address: Ipv4Addr) -> bool {
+    let all = facts.interfaces.iter().flat_map(|interface| &interface.addresses);
+    all.filter(|own| own.network.ip() == IpAddr::V4(address)).all(|own| own.network.prefix() == 32)
 }
 
 /// One way to look an interface up.
@@ -371,6 +404,7 @@ mod tests {
                 route("10.0.2.0/24", None, "eth0"),
                 route("192.168.56.0/24", None, "eth1"),
             ],
+            nexthop_objects: true,
             can_reach: None,
         }
     }
@@ -492,6 +526,61 @@ mod tests {
         let underlay = choose(&facts, &Selection::default()).unwrap().underlay;
 
         assert_eq!(underlay.address, Ipv4Addr::new(10, 0, 2, 4));
+    }
+
+    fn followed(facts: &Facts, selection: &Selection) -> (String, String) {
+        let current = choose(&super::tests::facts(), selection).unwrap().underlay;
+        let now = follow(facts, selection, &current).unwrap();
+        (now.link.to_string(), now.public_ip.to_string())
+    }
+
+    #[test]
+    fn a_host_keeps_its_address_beside_a_better_one() {
+        let mut facts = facts();
+        facts.interfaces[1].addresses[0].permanent = false;
+        facts.interfaces[1].addresses.insert(0, address("10.0.2.99/24"));
+
+        assert_eq!(followed(&facts, &Selection::default()), ("eth0".into(), "10.0.2.15".into()));
+    }
+
+    #[test]
+    fn a_host_does_not_move_to_an_address_without_a_router_and_leaves_one_at_once() {
+        let mut facts = facts();
+        let current = choose(&facts, &Selection::default()).unwrap().underlay;
+        facts.interfaces[1].addresses = vec![address("169.254.3.4/16")];
+        let lost = follow(&facts, &Selection::default(), &current).unwrap_err().to_string();
+        assert!(lost.contains("eth0 has nothing but 169.254.3.4 left"), "{lost}");
+
+        let stranded = Underlay { address: [169, 254, 3, 4].into(), ..current };
+        facts.interfaces[1].addresses.push(address("10.0.2.15/24"));
+        let now = follow(&facts, &Selection::default(), &stranded).unwrap();
+        assert_eq!(now.address, Ipv4Addr::new(10, 0, 2, 15));
+    }
+
+    #[test]
+    fn a_host_follows_its_interface_to_another_address() {
+        let mut facts = facts();
+        facts.interfaces[1].addresses = vec![address("10.0.2.99/24")];
+
+        assert_eq!(followed(&facts, &Selection::default()), ("eth0".into(), "10.0.2.99".into()));
+    }
+
+    #[test]
+    fn a_host_follows_the_default_route_to_another_interface() {
+        let mut facts = facts();
+        facts.routes[0] = route("0.0.0.0/0", Some("192.168.56.1"), "eth1");
+
+        assert_eq!(followed(&facts, &Selection::default()), ("eth1".into(), "192.168.56.11".into()));
+    }
+
+    #[test]
+    fn a_public_ip_stays_whatever_the_address() {
+        let public_ip = Some(Ipv4Addr::new(203, 0, 113, 7));
+        let selection = Selection { public_ip, ..by_interface("eth0") };
+        let mut facts = facts();
+        facts.interfaces[1].addresses = vec![address("10.0.2.99/24")];
+
+        assert_eq!(followed(&facts, &selection), ("eth0".into(), "203.0.113.7".into()));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use etcd_client::Error as EtcdError;
 use flannel_core::store::StoreError;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
@@ -166,12 +167,25 @@ pub(crate) struct Cluster {
     /// The clients of each endpoint, once there has been a use for them.
     clients: Vec<Mutex<Option<Clients>>>,
     current: AtomicUsize,
+    /// How often all connections have been given up at once.
+    started_over: watch::Sender<usize>,
 }
 
 impl Cluster {
     pub(crate) fn new(dial: Dial) -> Self {
         let clients = dial.endpoints().iter().map(|_| Mutex::new(None)).collect();
-        Self { dial, clients, current: AtomicUsize::new(0) }
+        Self { dial, clients, current: AtomicUsize::new(0), started_over: watch::Sender::new(0) }
+    }
+
+    /// Gives all connections up, those of watches too.
+    pub(crate) fn start_over(&self) {
+        (0..self.clients.len()).for_each(|place| self.forget(place));
+        self.started_over.send_modify(|count| *count += 1);
+    }
+
+    /// Tells whoever holds a stream that it is given up.
+    pub(crate) fn gives_up(&self) -> watch::Receiver<usize> {
+        self.started_over.subscribe()
     }
 
     pub(crate) fn has_user(&self) -> bool {

@@ -78,8 +78,9 @@ impl Registry {
     ) -> Result<HeldLease, StoreError> {
         let race = Race::begin();
         loop {
-            let snapshot = self.list().await?.snapshot;
-            let held = match choose(config, &snapshot, attrs.public_ip, previous) {
+            let listing = self.list().await?;
+            let snapshot = &listing.snapshot;
+            let held = match choose(config, snapshot, attrs.public_ip, previous) {
                 Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
                 Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
                 Choice::PickFrom(free) => {
@@ -90,9 +91,10 @@ impl Registry {
             };
             if let Some(held) = held {
                 // Only now: whatever goes wrong before leaves us what we had.
-                for misfit in misfits(config, &snapshot, attrs.public_ip) {
+                for misfit in misfits(config, snapshot, attrs.public_ip) {
                     self.give_back(misfit).await?;
                 }
+                self.first.keep(listing, &held.lease);
                 return Ok(held);
             }
             race.lost("taking a subnet").await?;
@@ -116,7 +118,7 @@ impl Registry {
             return Err(lost(theirs.public_ip));
         }
         if found.handle != 0 {
-            // Ours, but on another etcd lease: restoring adopts it.
+            // Ours, but on another etcd lease: publishing adopts it.
             return Err(lost(None));
         }
         debug!(subnet = %held.lease.subnet, "the lease has become a reservation");
@@ -124,22 +126,32 @@ impl Registry {
         Ok(Expiry::Never)
     }
 
-    pub(crate) async fn restore(&self, held: &HeldLease) -> Result<HeldLease, StoreError> {
+    pub(crate) async fn publish(
+        &self,
+        held: &HeldLease,
+        attrs: &LeaseAttrs,
+    ) -> Result<HeldLease, StoreError> {
         let mut grant = Grant::default();
-        let restored = self.restore_with(&mut grant, held).await;
-        grant.end(self, &restored).await;
-        restored
+        let published = self.publish_with(&mut grant, held, attrs).await;
+        grant.end(self, &published).await;
+        published
     }
 
-    async fn restore_with(&self, grant: &mut Grant, held: &HeldLease) -> Result<HeldLease, StoreError> {
-        let Lease { subnet, attrs, .. } = &held.lease;
+    async fn publish_with(
+        &self,
+        grant: &mut Grant,
+        held: &HeldLease,
+        attrs: &LeaseAttrs,
+    ) -> Result<HeldLease, StoreError> {
+        let Lease { subnet, attrs: former, .. } = &held.lease;
         let key = self.layout.lease(subnet);
         let race = Race::begin();
         loop {
-            let restored = match self.read(&key).await? {
+            let published = match self.read(&key).await? {
                 Some(found) => {
                     let theirs = readable(&key, &found)?;
-                    if !same_host(&theirs, attrs) {
+                    // An earlier attempt may have been carried out though its answer was lost.
+                    if !same_host(&theirs, former) && !same_host(&theirs, attrs) {
                         return Err(StoreError::Lost { subnet: *subnet, holder: theirs.public_ip });
                     }
                     self.adopt_found(grant, found, *subnet, attrs).await?
@@ -153,10 +165,10 @@ impl Registry {
                     self.create_lease(grant, *subnet, attrs).await?
                 }
             };
-            if let Some(restored) = restored {
-                return Ok(restored);
+            if let Some(published) = published {
+                return Ok(published);
             }
-            race.lost(&format!("restoring {key}")).await?;
+            race.lost(&format!("publishing {key}")).await?;
         }
     }
 

@@ -33,7 +33,7 @@ pub use crate::watch::EtcdWatch;
 use crate::call::Cluster;
 use crate::codec::Layout;
 use crate::connect::Dial;
-use crate::registry::{PAGE, Registry};
+use crate::registry::{First, PAGE, Registry};
 
 /// Leases in etcd.
 #[derive(Clone)]
@@ -59,7 +59,7 @@ impl EtcdStore {
     pub async fn with_page_size(settings: &Settings, page: i64) -> Result<Self, SettingsError> {
         let cluster = Cluster::new(Dial::new(settings).await?);
         let layout = Layout::new(&settings.prefix);
-        Ok(Self { registry: Arc::new(Registry { cluster, layout, page }) })
+        Ok(Self { registry: Arc::new(Registry { cluster, layout, page, first: First::default() }) })
     }
 }
 
@@ -87,8 +87,12 @@ impl LeaseStore for EtcdStore {
         self.registry.renew(held).await
     }
 
-    async fn restore(&self, held: &HeldLease) -> Result<HeldLease, StoreError> {
-        self.registry.restore(held).await
+    async fn publish(&self, held: &HeldLease, attrs: &LeaseAttrs) -> Result<HeldLease, StoreError> {
+        self.registry.publish(held, attrs).await
+    }
+
+    fn host_moved(&self) {
+        self.registry.cluster.start_over();
     }
 
     fn watch(&self) -> EtcdWatch {

@@ -4,8 +4,12 @@
 //! an etcd lease is granted under an id of our choosing, and a transaction that
 //! finds its own work already done counts as done.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
 use etcd_client::{Compare, CompareOp, GetOptions, LeaseGrantOptions, LeaseTimeToLiveOptions, PutOptions};
 use etcd_client::{Error as EtcdError, ResponseHeader, Txn, TxnOp, TxnOpResponse};
+use flannel_core::lease::Lease;
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{Snapshot, StoreError};
 
@@ -28,6 +32,34 @@ pub(crate) struct Registry {
     pub(crate) cluster: Cluster,
     pub(crate) layout: Layout,
     pub(crate) page: i64,
+    /// What the first watch begins with.
+    pub(crate) first: First,
+}
+
+/// The listing that a lease was taken by, for the first watch to go on from:
+/// with many hosts starting at once, each list less counts.
+#[derive(Default)]
+pub(crate) struct First {
+    watched: AtomicBool,
+    listing: Mutex<Option<Listing>>,
+}
+
+impl First {
+    /// Keeps a listing if there is no watch yet, with our own lease in it, which came later.
+    pub(crate) fn keep(&self, mut listing: Listing, own: &Lease) {
+        if !self.watched.load(Ordering::Acquire) {
+            listing.snapshot.leases.retain(|lease| lease.subnet != own.subnet);
+            listing.snapshot.unreadable.retain(|key| key.subnet != Some(own.subnet));
+            listing.snapshot.leases.push(own.clone());
+            *self.listing.lock().unwrap_or_else(PoisonError::into_inner) = Some(listing);
+        }
+    }
+
+    /// The listing, for the first who asks.
+    pub(crate) fn take(&self) -> Option<Listing> {
+        self.watched.store(true, Ordering::Release);
+        self.listing.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// All leases, and when that was.

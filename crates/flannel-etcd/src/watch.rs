@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The watch begins at the revision after the list's, so nothing falls between
-//! the two. It goes on at the revision of the last event handed out and passes
+//! the two. The list is that by which our own lease was taken, if it is the first. It goes on at the revision of the last event handed out and passes
 //! over what it has had of it: etcd may cut one large revision into fragments,
 //! and only an event of a later revision shows that one is over.
 
@@ -20,6 +20,7 @@ use std::time::Duration;
 use backon::ExponentialBackoff;
 use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use flannel_core::store::{LeaseEvent, LeaseWatch, StoreError};
+use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
@@ -71,6 +72,8 @@ struct Position {
 
 struct Watching {
     stream: WatchStream,
+    /// Changes when all connections are given up.
+    given_up: Receiver<usize>,
     /// The endpoint it comes from.
     place: usize,
     opened: Instant,
@@ -87,8 +90,13 @@ enum Fate {
 
 impl EtcdWatch {
     pub(crate) fn new(registry: Arc<Registry>) -> Self {
-        let queue = VecDeque::new();
-        Self { registry, state: State::Empty, queue, delays: delays(), delay: None, reported: None }
+        let mut queue = VecDeque::new();
+        let mut state = State::Empty;
+        if let Some(listing) = registry.first.take() {
+            queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
+            state = State::Listed(Position::after(listing.moment));
+        }
+        Self { registry, state, queue, delays: delays(), delay: None, reported: None }
     }
 
     /// One move of the machine; events come to lie in the queue.
@@ -103,16 +111,20 @@ impl EtcdWatch {
                 self.queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
                 State::Listed(Position::after(listing.moment))
             }
-            State::Listed(position) => match self.open(&position).await {
-                Ok(Some((stream, place))) => {
-                    State::Watching(Box::new(Watching { stream, place, opened: Instant::now(), position }))
+            State::Listed(position) => {
+                let given_up = self.registry.cluster.gives_up();
+                match self.open(&position).await {
+                    Ok(Some((stream, place))) => {
+                        let opened = Instant::now();
+                        State::Watching(Box::new(Watching { stream, given_up, place, opened, position }))
+                    }
+                    Ok(None) => self.outdated("the history does not go on where we were"),
+                    Err(error) => {
+                        self.state = State::Listed(position);
+                        return Err(error);
+                    }
                 }
-                Ok(None) => self.outdated("the history does not go on where we were"),
-                Err(error) => {
-                    self.state = State::Listed(position);
-                    return Err(error);
-                }
-            },
+            }
             State::Watching(mut watching) => {
                 match watching.receive(&self.registry.layout, &mut self.queue).await {
                     Fate::GoesOn => State::Watching(watching),
@@ -252,7 +264,14 @@ impl Position {
 
 impl Watching {
     async fn receive(&mut self, layout: &Layout, queue: &mut VecDeque<LeaseEvent>) -> Fate {
-        let response = match timeout(QUIET, self.stream.message()).await {
+        let message = tokio::select! {
+            // What the stream has had is not lost with it: the next one begins at the position.
+            Ok(()) = self.given_up.changed() => {
+                return Fate::Broken(Trouble::away("this host has another address"));
+            }
+            message = timeout(QUIET, self.stream.message()) => message,
+        };
+        let response = match message {
             Ok(response) => response,
             Err(_) => {
                 if let Err(error) = self.stream.request_progress().await {

@@ -7,29 +7,34 @@ use flannel_core::state::{LinkName, ROUTE_PROTOCOL};
 use flannel_core::underlay::{Facts, Interface, InterfaceAddress, RouteFact};
 use rtnetlink::packet_route::AddressFamily;
 
-use crate::netlink::route::Filter;
+use crate::netlink::address;
+use crate::netlink::link::SeenLink;
+use crate::netlink::route::{self, SeenRoute};
 use crate::netlink::socket::{Kernel, NetlinkError};
-use crate::netlink::{address, link, route};
 
-/// Interfaces, foreign routes, and the way to `can_reach` if that was asked.
-pub(crate) fn facts(kernel: &mut Kernel, can_reach: Option<IpAddr>) -> Result<Facts, NetlinkError> {
-    let links = link::all(kernel)?;
+/// Interfaces, foreign routes, and the way to `can_reach` if that was asked; the
+/// rest of the facts is for others to add.
+pub(crate) fn facts(
+    kernel: &mut Kernel,
+    links: &[SeenLink],
+    routes: &[SeenRoute],
+    can_reach: Option<IpAddr>,
+) -> Result<Facts, NetlinkError> {
     let names: HashMap<u32, LinkName> = links.iter().map(|link| (link.index, link.name)).collect();
 
     let mut addresses: HashMap<u32, Vec<InterfaceAddress>> = HashMap::new();
-    let mut routes = vec![];
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         for (index, own) in address::list(kernel, family, None)? {
             addresses.entry(index).or_default().push(own);
         }
-        for seen in route::list(kernel, family, Filter::default())? {
-            let link = seen.link.and_then(|index| names.get(&index).copied());
-            if seen.protocol == ROUTE_PROTOCOL || link.is_some_and(is_of_flannel) {
-                continue;
-            }
-            routes.push(RouteFact { destination: seen.key.destination, gateway: seen.gateway, link });
-        }
     }
+    let routes = routes.iter().filter(|seen| seen.unicast && seen.protocol != ROUTE_PROTOCOL);
+    let routes = routes.filter_map(|seen| {
+        let link = seen.link.filter(|_| !seen.several).and_then(|index| names.get(&index).copied());
+        let fact = RouteFact { destination: seen.key.destination, gateway: seen.gateway, link };
+        (!link.is_some_and(is_of_flannel)).then_some(fact)
+    });
+    let routes = routes.collect();
 
     let can_reach = match can_reach {
         None => None,
@@ -46,7 +51,7 @@ pub(crate) fn facts(kernel: &mut Kernel, can_reach: Option<IpAddr>) -> Result<Fa
         mtu: link.mtu,
         addresses: addresses.remove(&link.index).unwrap_or_default(),
     });
-    Ok(Facts { interfaces: interfaces.collect(), routes, can_reach })
+    Ok(Facts { interfaces: interfaces.collect(), routes, can_reach, nexthop_objects: false })
 }
 
 /// Whether a flannel, this one or another, made the device; what it leads to

@@ -2,7 +2,7 @@
 //! host: the seams of `flannel_core::host`, implemented.
 //!
 //! ```text
-//!   LinuxNetwork        netlink    what stands, and the steps to what should
+//!   LinuxNetwork        netlink    what stands, what others change, and the steps to what should
 //!   IptablesFirewall    iptables   the rules, read as text and restored whole
 //! ```
 //!

@@ -7,14 +7,15 @@
 pub(crate) mod address;
 pub(crate) mod fdb;
 pub(crate) mod link;
+pub(crate) mod monitor;
 pub(crate) mod neighbour;
+pub(crate) mod nexthop;
 pub(crate) mod route;
 pub(crate) mod socket;
 
 use std::net::IpAddr;
 
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::neighbour::NeighbourState;
 
 /// The family of an address.
 pub(crate) fn family(address: IpAddr) -> AddressFamily {
@@ -30,8 +31,13 @@ pub(crate) fn address_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Whether an entry stays until it is taken away. A state is a set of bits;
+/// A number in the machine's own order at some place of a message.
+pub(crate) fn number_at(payload: &[u8], place: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*payload.get(place..)?.first_chunk()?))
+}
+
+/// Whether an entry stays until it is taken away (`NUD_PERMANENT`). A state is a set of bits;
 /// `bridge fdb` adds one that says nothing more about a forwarding entry.
-pub(crate) fn is_permanent(state: NeighbourState) -> bool {
-    u16::from(state) & u16::from(NeighbourState::Permanent) != 0
+pub(crate) fn is_permanent(state: u16) -> bool {
+    state & 0x80 != 0
 }

@@ -7,15 +7,17 @@
 //!
 //! ```text
 //!   store pump ─┐
-//!   renewal ────┤            ┌─ one peer ──▶ patch ─┐
-//!   rules ──────┼─▶ Input ──▶┤                      ├─▶ status, subnet file
-//!   audit ──────┘            └─ dirty ─────▶ full ──┘
-//!                                 ▲ retry, with backoff
+//!   renewal ────┤            ┌─ one peer ────▶ patch ──┐
+//!   rules ──────┼─▶ Input ──▶┤                         ├─▶ status, subnet file
+//!   audit ──────┘            ├─ need ────────▶ full ───┤
+//!   kernel ────▶ Changes ───▶┴─ one object ──▶ repair ─┘
+//!                                retry, with backoff
 //! ```
 //!
 //! Only channel receipts and timers stand in the loop's `select!`, so nothing
 //! that is dropped there is lost.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,10 +25,11 @@ use std::time::Duration;
 use flannel_core::chain::chain;
 use flannel_core::diff::Step;
 use flannel_core::firewall::{self, Ruleset, Wanted};
-use flannel_core::host::{Ensured, Failure, Firewall, HostError, Network};
+use flannel_core::host::{Changes, Ensured, Failure, Firewall, HostError, Network};
 use flannel_core::keeper::LeaseKeeper;
-use flannel_core::lease::{Expiry, HeldLease, Lease, Subnet, Tenure};
+use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
+use flannel_core::state::LinkName;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use flannel_core::subnet_env::SubnetEnv;
 use flannel_core::underlay::Interface;
@@ -36,15 +39,17 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::health::{Aspect, Status};
 use crate::lease::{acquire, delays};
 use crate::reconcile::{Outcome, Reconciler};
 use crate::subnet_file::SubnetFile;
 
+mod fight;
 mod said;
 
+use fight::Fight;
 use said::Said;
 
 /// How often between two renewals a value of our own lease that somebody changed is put right: two agents must not
@@ -53,6 +58,21 @@ const REWRITES: u32 = 3;
 
 /// Between attempts that fail again and again.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// Between full comparisons that the kernel's word asks for, at least; the first one goes at once.
+const BREATH: Duration = Duration::from_millis(50);
+
+/// The same while somebody keeps changing what is ours.
+const BREATH_IN_A_FIGHT: Duration = Duration::from_secs(1);
+
+/// Of its time, such comparisons have at most one part in so many.
+const SHARE: u32 = 5;
+
+/// An address that goes and comes again, as with DHCP, is not worth a word for so long.
+const MISSED: Duration = Duration::from_secs(2);
+
+/// The store may tell us of an earlier write of ours for so long after a later one.
+const ECHOES: Duration = Duration::from_secs(30);
 
 /// What an agent is made of, beside the firewall.
 pub struct Parts<S, N> {
@@ -93,7 +113,7 @@ pub struct Options {
 enum Input {
     Store(Result<LeaseEvent, StoreError>),
     Renewed(Result<Expiry, StoreError>),
-    Restored(Result<HeldLease, StoreError>),
+    Published(Result<HeldLease, StoreError>),
     Acquired(HeldLease),
     Rules(Result<Ensured, HostError>),
 }
@@ -104,9 +124,19 @@ enum Tenancy {
     Held,
     Renewing,
     /// The store says something else of it; that is being put right.
-    Restoring,
+    Publishing,
     /// Somebody else has it; another one is being taken.
     Moving,
+}
+
+/// What a full pass has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Need {
+    Nothing,
+    /// Compare the kernel with the plan.
+    Compare,
+    /// Plan anew, and compare.
+    Plan,
 }
 
 /// One host's agent.
@@ -118,8 +148,20 @@ pub struct Agent<S, N, F> {
     tenancy: Tenancy,
     /// Whether a snapshot has been seen: before that nothing is written to the kernel.
     listed: bool,
-    dirty: bool,
+    need: Need,
+    /// When what failed is tried again.
     retry: Option<Instant>,
+    /// Whether that takes a full pass.
+    retry_all: bool,
+    /// When the kernel's word may ask for a full comparison again.
+    breath: Instant,
+    /// Why it has asked for one, if it has.
+    asked: Option<String>,
+    fight: Fight,
+    /// What we should publish.
+    wanted: watch::Sender<LeaseAttrs>,
+    /// What we have published before, and until when.
+    former_attrs: VecDeque<(LeaseAttrs, Instant)>,
     delays: Box<dyn Iterator<Item = Duration> + Send>,
     rules: watch::Sender<Ruleset>,
     rules_seen: bool,
@@ -131,6 +173,10 @@ pub struct Agent<S, N, F> {
     disputed: bool,
     /// A subnet that we had to give up.
     former: Option<Subnet>,
+    /// The interface that has an address of our subnet: docker's bridge.
+    bridge: Option<LinkName>,
+    /// What the subnet file says, once it is written.
+    written: Option<SubnetEnv>,
     /// When the subnet file is to be written; not before the host's own part stands.
     file_due: Option<Instant>,
     said: Said,
@@ -151,14 +197,22 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             keeper,
             tenancy: Tenancy::Held,
             listed: false,
-            dirty: true,
+            need: Need::Plan,
             retry: None,
+            retry_all: false,
+            breath: Instant::now(),
+            asked: None,
+            fight: Fight::default(),
+            wanted: watch::Sender::new(parts.held.lease.attrs.clone()),
+            former_attrs: VecDeque::new(),
             delays: Box::new(delays()),
             rules_seen: false,
             node_stands: false,
             rewrites_left: REWRITES,
             disputed: false,
             former: None,
+            bridge: None,
+            written: None,
             file_due: Some(Instant::now()),
             said: Said::default(),
             inputs: mpsc::channel(256),
@@ -193,10 +247,13 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 biased;
                 () = at(renewal.map(Instant::from_std)) => self.renew(),
                 () = at(file_due) => self.write_file(),
-                () = at(self.retry) => self.dirty = true,
-                _ = audit.tick() => self.dirty = true,
+                () = at(self.retry) => self.try_once_more().await,
+                () = at(Some(self.breath).filter(|_| self.asked.is_some())) => self.needs(Need::Compare),
+                _ = audit.tick() => self.needs(Need::Compare),
                 Some(ended) = self.tasks.join_next() => pass_on_panic(ended),
+                // And the cluster before the kernel: others could change things there without end.
                 Some(input) = self.inputs.1.recv() => self.take(input).await,
+                changes = self.parts.reconciler.changed() => self.take_changes(changes).await,
             }
             self.settle().await;
         }
@@ -209,7 +266,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 warn!(error = %chain(&error), "the leases cannot be watched; the kernel stays as it is");
             }
             Input::Renewed(result) => self.take_renewal(result),
-            Input::Restored(result) => self.take_restored(result),
+            Input::Published(result) => self.take_published(result),
             Input::Acquired(held) => self.hold(held),
             Input::Rules(result) => self.take_rules(result),
         }
@@ -229,7 +286,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         }
         match self.view.apply(event) {
             Applied::Nothing => {}
-            Applied::Everything => self.dirty = true,
+            Applied::Everything => self.needs(Need::Plan),
             Applied::One(change) => {
                 if change.subnet() != Some(self.own()) {
                     self.said.peer(&change);
@@ -237,6 +294,60 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 self.patch(&change).await;
             }
         }
+    }
+
+    /// What somebody else has done to the kernel.
+    async fn take_changes(&mut self, changes: Changes) {
+        if self.need != Need::Nothing || !self.listed {
+            return;
+        }
+        let objects = match changes {
+            Changes::Everything(why) => return self.ask(why),
+            // Whoever changes things without end is answered now and then.
+            Changes::Objects(_) if self.fight.goes_on() => return self.ask("what is ours".into()),
+            Changes::Objects(objects) => objects,
+        };
+        match self.parts.reconciler.repair(objects).await {
+            // What was touched is gone with its device, or is not as it was told: only a look will tell.
+            Ok(Some(outcome)) if !outcome.report.in_sync() => self.ask("what is ours".into()),
+            Ok(Some(outcome)) => {
+                self.said.repaired(&outcome);
+                self.fought(&outcome);
+                self.take_outcome(outcome);
+            }
+            // Not at once: the kernel may be telling of this without end.
+            Ok(None) => self.ask("what is ours".into()),
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    /// Has the whole host compared, once there is time for it.
+    fn ask(&mut self, why: String) {
+        debug!(why, "comparing the whole host");
+        self.asked.get_or_insert(why);
+    }
+
+    /// Takes in that somebody had changed what is ours.
+    fn fought(&mut self, outcome: &Outcome) {
+        if let Some(first) = outcome.first.as_ref().filter(|_| outcome.report.applied > 0) {
+            self.fight.round(Instant::now(), first);
+        }
+    }
+
+    /// Tries again what has failed.
+    async fn try_once_more(&mut self) {
+        self.retry = None;
+        if std::mem::take(&mut self.retry_all) {
+            return self.needs(Need::Compare);
+        }
+        match self.parts.reconciler.retry().await {
+            Ok(outcome) => self.take_outcome(outcome),
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    fn needs(&mut self, need: Need) {
+        self.need = self.need.max(need);
     }
 
     /// Compares what the store says of our own lease with what we hold, as
@@ -247,9 +358,18 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             return;
         }
         let ours = &self.parts.held.lease;
+        if *self.wanted.borrow() != ours.attrs {
+            info!(subnet = %ours.subnet, attrs = self.wanted.borrow().to_json(), "publishing where this host is now");
+            return self.publish("this host is not where its lease says");
+        }
         let Some(published) = self.view.get(&ours.subnet) else {
             return self.restore("our lease vanished from the store");
         };
+        self.former_attrs.retain(|(_, until)| Instant::now() < *until);
+        if self.former_attrs.iter().any(|(former, _)| published.attrs == *former) {
+            // The store has not come to our last write yet.
+            return;
+        }
         if published == *ours {
             if std::mem::take(&mut self.disputed) {
                 self.parts.status.send_modify(|status| status.lease = Aspect::Good);
@@ -310,16 +430,23 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
 
     fn restore(&mut self, why: &str) {
         warn!(subnet = %self.own(), "{why}; putting it right");
-        self.tenancy = Tenancy::Restoring;
+        self.publish(why);
+    }
+
+    /// Has our lease say what it should, whatever that is by the time it can be written.
+    fn publish(&mut self, why: &str) {
+        self.tenancy = Tenancy::Publishing;
         let pending = format!("{why}; it is being put right");
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
+        let wanted = self.wanted.subscribe();
         self.spawn(async move {
             let (mut said, mut waits) = (None, delays());
             loop {
-                match store.restore(&held).await {
-                    Ok(held) => return Input::Restored(Ok(held)),
-                    Err(error @ StoreError::Lost { .. }) => return Input::Restored(Err(error)),
+                let attrs = wanted.borrow().clone();
+                match store.publish(&held, &attrs).await {
+                    Ok(held) => return Input::Published(Ok(held)),
+                    Err(error @ StoreError::Lost { .. }) => return Input::Published(Err(error)),
                     Err(error) => {
                         if said.replace(error.trouble()) != Some(error.trouble()) {
                             warn!(error = %chain(&error), "the lease cannot be put right yet; trying again");
@@ -331,10 +458,14 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         });
     }
 
-    fn take_restored(&mut self, result: Result<HeldLease, StoreError>) {
+    fn take_published(&mut self, result: Result<HeldLease, StoreError>) {
         let error = match result {
             Ok(held) => {
-                info!(subnet = %held.lease.subnet, "the lease is as it should be again");
+                let subnet = held.lease.subnet;
+                match held.lease.attrs == self.parts.held.lease.attrs {
+                    true => info!(%subnet, "the lease is as it should be again"),
+                    false => info!(%subnet, "published where this host is now"),
+                }
                 return self.hold(held);
             }
             Err(error) => error,
@@ -345,9 +476,10 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         self.tenancy = Tenancy::Moving;
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
-        let attrs = self.parts.held.lease.attrs.clone();
+        let wanted = self.wanted.subscribe();
         self.spawn(async move {
             loop {
+                let attrs = wanted.borrow().clone();
                 // A config that is another one now needs a restart; until then we go by the one we have.
                 if let Ok(held) = acquire(&*store, &config, &attrs, None).await {
                     return Input::Acquired(held);
@@ -362,7 +494,14 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.keeper = LeaseKeeper::new(self.parts.options.renew_margin, held.expiry, now());
         // The store's own word of it may still be under way.
         self.view.apply(LeaseEvent::Put(held.lease.clone()));
-        self.parts.held = held;
+        let moved = self.parts.held.lease.attrs != held.lease.attrs;
+        let former_attrs = std::mem::replace(&mut self.parts.held, held).lease.attrs;
+        if moved {
+            self.former_attrs.retain(|(attrs, _)| *attrs != self.parts.held.lease.attrs);
+            self.former_attrs.push_back((former_attrs, Instant::now() + ECHOES));
+            self.parts.reconciler.set_lease(self.parts.held.lease.clone());
+            self.needs(Need::Plan);
+        }
         self.parts.status.send_modify(|status| status.lease = Aspect::Good);
         if former != self.own() {
             self.move_from(former);
@@ -386,24 +525,29 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.file_due = Some(Instant::now());
         self.former = Some(former);
         self.rules.send_replace(ruleset(&self.parts));
-        self.dirty = true;
+        self.needs(Need::Plan);
     }
 
     /// Whether a bridge is still on the subnet that we had to give up.
     fn check_bridge(&mut self, interfaces: &[Interface]) {
+        let own = self.own();
+        self.bridge = self.interface_on(own, interfaces);
         let Some(former) = self.former else { return };
-        let inside = |address: IpAddr| former.networks().any(|former| former.contains(address));
-        let is_left = |interface: &&Interface| {
-            let ours = self.parts.reconciler.owns(interface.name);
-            !ours && interface.addresses.iter().any(|own| inside(own.network.ip()))
-        };
-        let bridge = match interfaces.iter().find(is_left) {
-            Some(interface) => {
-                Aspect::Pending(format!("{} still has {former}, which is not ours", interface.name))
-            }
+        let bridge = match self.interface_on(former, interfaces) {
+            Some(bridge) => Aspect::Pending(format!("{bridge} still has {former}, which is not ours")),
             None => Aspect::Good,
         };
         self.parts.status.send_modify(|status| status.bridge = bridge);
+    }
+
+    /// The interface of somebody else, docker's bridge most likely, that has an address of `subnet`.
+    fn interface_on(&self, subnet: Subnet, interfaces: &[Interface]) -> Option<LinkName> {
+        let inside = |address: IpAddr| subnet.networks().any(|subnet| subnet.contains(address));
+        let is_there = |interface: &&Interface| {
+            let ours = self.parts.reconciler.owns(interface.name);
+            !ours && interface.addresses.iter().any(|own| inside(own.network.ip()))
+        };
+        interfaces.iter().find(is_there).map(|interface| interface.name)
     }
 
     fn take_rules(&mut self, result: Result<Ensured, HostError>) {
@@ -424,13 +568,12 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     }
 
     async fn patch(&mut self, change: &Change) {
-        if self.dirty || !self.listed {
-            self.dirty = true;
-            return;
+        if self.need != Need::Nothing || !self.listed {
+            return self.needs(Need::Plan);
         }
         match self.parts.reconciler.patch(change, &self.view).await {
             Ok(Some(outcome)) => self.take_outcome(outcome),
-            Ok(None) => self.dirty = true,
+            Ok(None) => self.needs(Need::Plan),
             Err(error) => self.broken(&error),
         }
     }
@@ -438,34 +581,102 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Does what has been put off until now.
     async fn settle(&mut self) {
         self.check_own();
-        if self.dirty && self.listed {
-            self.dirty = false;
-            self.retry = None;
-            match self.parts.reconciler.full(&self.view).await {
-                Ok(outcome) => self.take_outcome(outcome),
-                Err(error) => self.broken(&error),
-            }
+        if self.asked.is_some() && self.breath <= Instant::now() {
+            self.needs(Need::Compare);
         }
+        if self.need == Need::Nothing || !self.listed {
+            return;
+        }
+        let replan = self.need == Need::Plan;
+        let asked = self.asked.take();
+        (self.need, self.retry, self.retry_all) = (Need::Nothing, None, false);
+        let (began, mtu) = (Instant::now(), self.parts.reconciler.mtu());
+        let stood = self.parts.reconciler.underlay().clone();
+        match self.parts.reconciler.full(&self.view, replan).await {
+            Ok(outcome) => {
+                if asked.is_some() {
+                    self.fought(&outcome);
+                }
+                self.take_outcome(Outcome { after: asked, ..outcome });
+            }
+            Err(error) => self.broken(&error),
+        }
+        let breath = if self.fight.goes_on() { BREATH_IN_A_FIGHT } else { BREATH };
+        self.breath = Instant::now() + breath.max(began.elapsed() * (SHARE - 1));
+        let stands = self.parts.reconciler.underlay();
+        self.said.moved(&stood, stands);
+        if (stood.link, stood.address) != (stands.link, stands.address) {
+            self.parts.store.host_moved();
+        }
+        if mtu != self.parts.reconciler.mtu() {
+            self.file_due = Some(Instant::now());
+        }
+        let attrs = self.parts.reconciler.attributes();
+        self.wanted.send_if_modified(|wanted| {
+            let news = *wanted != attrs;
+            *wanted = attrs;
+            news
+        });
+        // Before anything else is heard: peers wait for it.
+        self.check_own();
     }
 
     fn take_outcome(&mut self, outcome: Outcome) {
-        let full = outcome.planned.is_none();
-        self.said.skipped(&outcome);
-        if full {
-            self.said.strays(&outcome);
-            self.check_bridge(&outcome.interfaces);
+        if let Some(planned) = &outcome.planned {
+            self.said.skipped(planned);
         }
-        if let Some(first) = outcome.report.failures.first() {
-            self.node_stands |= full && !outcome.report.failures.iter().any(concerns_node);
-            self.said.refused(first, outcome.report.failures.len() - 1);
-            let pending = format!("the kernel refused to {}: {}", first.step, first.reason);
-            self.parts.status.send_modify(|status| status.host = Aspect::Pending(pending));
+        if let Some(seen) = &outcome.seen {
+            self.said.strays(seen);
+            self.said.lost(seen, Instant::now());
+            self.check_bridge(&seen.interfaces);
+            let underlay = match &seen.lost {
+                Some(why) => {
+                    self.retry_all = true;
+                    self.retry = Some(Instant::now() + MISSED);
+                    Aspect::Pending(why.clone())
+                }
+                None => Aspect::Good,
+            };
+            self.parts.status.send_modify(|status| status.underlay = underlay);
+        }
+        let full = outcome.seen.is_some();
+        let failures = &outcome.report.failures;
+        self.node_stands |= full && !failures.iter().any(concerns_node);
+        if let Some(first) = failures.first() {
+            let more = self.parts.reconciler.refused().saturating_sub(1);
+            if self.said.is_lost() {
+                debug!(step = %first.step, reason = %first.reason, more, "refused for want of an interface");
+            } else {
+                self.said.refused(first, more);
+            }
+            let mut phrase = format!("the kernel refused to {}: {}", first.step, first.reason);
+            if more > 0 {
+                phrase += &format!(", and {more} more");
+            }
+            let few = self.parts.reconciler.refused_few() && !failures.iter().any(concerns_node);
+            let aspect = if few { Aspect::Flawed(phrase) } else { Aspect::Pending(phrase) };
+            self.parts.status.send_modify(|status| status.host = aspect);
+            self.retry_all |= failures.iter().any(concerns_node);
             self.try_again();
-        } else if full {
-            self.node_stands = true;
+        } else if self.parts.reconciler.refused() > 0 {
+            // Others are still refused; this one was not.
+            self.try_again();
+        } else if self.need == Need::Nothing {
             self.delays = Box::new(delays());
+            if !self.retry_all {
+                self.retry = None;
+            }
+            self.fight.forget(Instant::now());
+            if self.fight.goes_on() && self.retry.is_none() {
+                // Once it is quiet nobody else would look whether it is over.
+                (self.retry, self.retry_all) = (Some(Instant::now() + fight::LATE), true);
+            }
             self.said.in_sync(&outcome, self.view.count_peers(self.own()));
-            self.parts.status.send_modify(|status| status.host = Aspect::Good);
+            let aspect = match self.said.fight(&self.fight) {
+                Some(phrase) => Aspect::Pending(phrase),
+                None => Aspect::Good,
+            };
+            self.parts.status.send_modify(|status| status.host = aspect);
         }
     }
 
@@ -474,10 +685,11 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.said.broken(error);
         let pending = format!("the kernel is not in step: {}", chain(error));
         self.parts.status.send_modify(|status| status.host = Aspect::Pending(pending));
+        self.retry_all = true;
         self.try_again();
     }
 
-    /// Has a full pass made in a while; a little later each time in a row.
+    /// Has what failed tried again in a while; a little later each time in a row.
     fn try_again(&mut self) {
         if self.retry.is_none() {
             self.retry = Some(Instant::now() + self.delays.next().unwrap_or(LONGEST_WAIT));
@@ -496,6 +708,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         match result {
             Ok(()) => {
                 self.file_due = None;
+                self.said.outdated(self.written.as_ref(), &env, self.bridge);
+                self.written = Some(env);
                 self.parts.status.send_modify(|status| status.file = Aspect::Good);
                 if let Some(on_ready) = self.parts.on_ready.take() {
                     on_ready();

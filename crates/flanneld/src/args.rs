@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
+use flannel_core::plan::RouteMode;
 use flannel_core::underlay::{Pattern, Selection};
 
 mod go;
@@ -27,7 +28,7 @@ const ETCD: &str = "etcd";
 const INTERFACE: &str = "Interface between the hosts";
 const LEASE: &str = "Lease and file";
 const RULES: &str = "Traffic rules";
-const HEALTH: &str = "Health and repair";
+const HEALTH: &str = "Health and kernel";
 const LOG: &str = "Logging";
 const LATER: &str = "Known from flanneld, refused because the part does not exist yet";
 
@@ -116,6 +117,10 @@ struct Args {
     /// Seconds between full comparisons of the kernel with the cluster (1 to 86400; not in flanneld)
     #[arg(long, value_name = "SECONDS", help_heading = HEALTH, default_value = "60", value_parser = go::integer)]
     audit_interval: i64,
+    /// Routes to the peers: plain, through nexthop objects, or auto, that is nexthop for thousands of peers and
+    /// plain otherwise (not in flanneld)
+    #[arg(long, value_name = "auto|plain|nexthop", help_heading = HEALTH, default_value = "auto")]
+    route_mode: String,
 
     /// 0 for a day's history, 1 to 4 for each step, above for the wire
     #[arg(long = "v", value_name = "LEVEL", help_heading = LOG, default_value = "0", value_parser = go::integer)]
@@ -206,6 +211,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// `--audit-interval`.
     pub audit_interval: Duration,
+    /// `--route-mode`.
+    pub route_mode: RouteMode,
     /// `--v`.
     pub verbosity: i64,
     /// Flags that were given and do nothing here.
@@ -421,6 +428,15 @@ impl Args {
                 wrong(flag, &seconds, "from 1 to 86400 seconds, a day");
             }
         }
+        let route_mode = match &*self.route_mode.to_ascii_lowercase() {
+            "auto" => RouteMode::Auto,
+            "plain" => RouteMode::Plain,
+            "nexthop" => RouteMode::Nexthop,
+            _ => {
+                wrong("route-mode", &format!("{:?}", self.route_mode), "auto, plain or nexthop");
+                RouteMode::Auto
+            }
+        };
         if self.verbosity < 0 {
             wrong("v", &self.verbosity, "0 or more");
         }
@@ -461,6 +477,7 @@ impl Args {
             rules_interval: seconds(self.iptables_resync),
             health,
             audit_interval: seconds(self.audit_interval),
+            route_mode,
             verbosity: self.verbosity,
             without_effect,
         }

@@ -1,9 +1,11 @@
 //! `/healthz` and `/readyz`: what the agent knows of itself, told as it is.
 //!
 //! Alive means that the process answers. Ready means that the lease is held,
-//! the kernel was last seen as it should be, the traffic rules stand, the
-//! subnet file is written and no bridge is on a subnet that is not ours any
-//! more; it is taken back when one of them no longer holds.
+//! the kernel was last seen as it should be, the interface between the hosts is
+//! there, the traffic rules stand, the subnet file is written and no bridge is on
+//! a subnet that is not ours any more; it is taken back when one of them no longer
+//! holds. A peer that the kernel refuses is told of on the page and does not make
+//! the host unready: one bad key would make every host so.
 
 use std::net::SocketAddr;
 
@@ -19,6 +21,8 @@ use tokio::sync::watch;
 pub enum Aspect {
     /// Not there yet, or not any more; a phrase for the operator.
     Pending(String),
+    /// As it should be but for something that does not keep the host from its work; a phrase for the operator.
+    Flawed(String),
     /// As it should be.
     Good,
 }
@@ -30,6 +34,8 @@ pub struct Status {
     pub lease: Aspect,
     /// The kernel was as it should be when last looked at.
     pub host: Aspect,
+    /// The interface between the hosts is there.
+    pub underlay: Aspect,
     /// The traffic rules stand.
     pub rules: Aspect,
     /// The subnet file is written.
@@ -44,6 +50,7 @@ impl Default for Status {
         Self {
             lease: pending("no lease yet"),
             host: pending("the kernel has not been brought in step yet"),
+            underlay: Aspect::Good,
             rules: pending("the traffic rules have not been checked yet"),
             file: pending("the subnet file is not written yet"),
             bridge: Aspect::Good,
@@ -54,14 +61,24 @@ impl Default for Status {
 impl Status {
     /// What keeps the host from being ready, a phrase each.
     pub fn pending(&self) -> Vec<&str> {
-        let aspects = [&self.lease, &self.host, &self.rules, &self.file, &self.bridge];
-        aspects
-            .into_iter()
-            .filter_map(|aspect| match aspect {
-                Aspect::Pending(phrase) => Some(phrase.as_str()),
-                Aspect::Good => None,
-            })
-            .collect()
+        let pending = self.aspects().into_iter().filter_map(|aspect| match aspect {
+            Aspect::Pending(phrase) => Some(phrase.as_str()),
+            Aspect::Flawed(_) | Aspect::Good => None,
+        });
+        pending.collect()
+    }
+
+    /// What is not as it should be and does not keep the host from being ready.
+    pub fn flaws(&self) -> Vec<&str> {
+        let flaws = self.aspects().into_iter().filter_map(|aspect| match aspect {
+            Aspect::Flawed(phrase) => Some(phrase.as_str()),
+            Aspect::Pending(_) | Aspect::Good => None,
+        });
+        flaws.collect()
+    }
+
+    fn aspects(&self) -> [&Aspect; 6] {
+        [&self.lease, &self.host, &self.underlay, &self.rules, &self.file, &self.bridge]
     }
 }
 
@@ -87,10 +104,17 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 async fn readyz(State(status): State<watch::Receiver<Status>>) -> (StatusCode, String) {
     let status = status.borrow().clone();
-    let pending = status.pending();
-    if pending.is_empty() {
-        return (StatusCode::OK, "flanneld is ready".into());
-    }
     // The first line is flannel's; the reasons follow.
-    (StatusCode::SERVICE_UNAVAILABLE, format!("flanneld is not ready yet\n{}\n", pending.join("\n")))
+    match (status.pending(), status.flaws()) {
+        (pending, flaws) if pending.is_empty() && flaws.is_empty() => {
+            (StatusCode::OK, "flanneld is ready".into())
+        }
+        (pending, flaws) if pending.is_empty() => {
+            (StatusCode::OK, format!("flanneld is ready\n{}\n", flaws.join("\n")))
+        }
+        (pending, flaws) => {
+            let reasons = [pending, flaws].concat().join("\n");
+            (StatusCode::SERVICE_UNAVAILABLE, format!("flanneld is not ready yet\n{reasons}\n"))
+        }
+    }
 }

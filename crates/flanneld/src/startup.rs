@@ -11,14 +11,14 @@ use flannel_core::backend::{self, Backend, Node};
 use flannel_core::chain::chain;
 use flannel_core::claim::Claim;
 use flannel_core::firewall::Wanted;
-use flannel_core::host::{HostError, Network};
+use flannel_core::host::{HostError, Network, Observed};
 use flannel_core::lease::HeldLease;
 use flannel_core::network::NetworkConfig;
-use flannel_core::plan::Planner;
+use flannel_core::plan::{Planner, RouteMode};
 use flannel_core::state::MacAddr;
 use flannel_core::store::{LeaseStore, StoreError};
 use flannel_core::subnet_env::FormerEnv;
-use flannel_core::underlay::{self, NoUnderlay, Underlay};
+use flannel_core::underlay::{self, Facts, InterfaceAddress, NoUnderlay, Underlay};
 use flannel_etcd::EtcdStore;
 use flannel_linux::sysctl::bridge_netfilter_remedy;
 use flannel_linux::{Family, IptablesFirewall, LinuxNetwork};
@@ -126,10 +126,17 @@ async fn start(
         warn!(remedy, "bridged containers pass the traffic rules by");
     }
     let networks: Vec<IpNetwork> = place.config.networks().collect();
-    let node = Node { networks, underlay: place.underlay, lease: place.held.lease.clone() };
+    let node = Node { networks, underlay: place.underlay, lease: place.held.lease.clone(), mtu: None };
+    if settings.route_mode == RouteMode::Nexthop && place.backend.links().is_empty() {
+        warn!(
+            backend = place.backend.kind(),
+            "--route-mode nexthop has no effect: this backend has no device of its own, and routes by others are plain"
+        );
+    }
+    let planner = Planner::new(place.backend, node, settings.route_mode);
     let parts = Parts {
         store,
-        reconciler: Reconciler::new(network, Planner::new(place.backend, node), place.claim),
+        reconciler: Reconciler::new(network, planner, place.claim, settings.selection),
         config: place.config,
         held: place.held,
         file,
@@ -165,18 +172,20 @@ async fn take_place<S: LeaseStore>(
     former: &FormerEnv,
 ) -> Result<Option<Place>, StartError> {
     let (config, backend) = network_config(store).await;
-    let underlay = choose_underlay(network, settings).await?;
-    backend.check(&underlay).map_err(StartError::Backend)?;
-    if backend.mtu_cut(&underlay) {
-        warn!(mtu = underlay.mtu, link = %underlay.link, "Backend.MTU is above that of the interface and is cut to it");
-    }
     let networks: Vec<IpNetwork> = config.networks().collect();
     // What a network we no longer have has left here is ours to clear away; but no file makes the whole world ours.
     let is_gone = |network: &&IpNetwork| network.prefix() > 0 && !networks.contains(network);
     let gone: Vec<IpNetwork> = former.networks.iter().filter(is_gone).copied().collect();
-    let claim = Claim { links: backend.links(), networks: [networks, gone.clone()].concat() };
-    let observed = network.observe(&claim).await?;
-    let attrs = backend.attributes(&underlay, &observed, MacAddr::local(rand::random()));
+    let networks = [networks, gone.clone()].concat();
+    let claim = Claim { links: backend.links(), networks, underlay: None };
+    let Observed { facts, state } = network.observe(&claim, settings.selection.can_reach).await?;
+    warn_of_another_agent(&claim, &facts);
+    let underlay = choose_underlay(&facts, settings)?;
+    backend.check(&underlay).map_err(StartError::Backend)?;
+    if backend.mtu_cut(&underlay) {
+        warn!(mtu = underlay.mtu, link = %underlay.link, "Backend.MTU is above that of the interface and is cut to it");
+    }
+    let attrs = backend.attributes(&underlay, &state, MacAddr::local(rand::random()));
     let held = acquire(store, &config, &attrs, former.subnet).await;
     Ok(held.ok().map(|held| Place { config, backend, underlay, claim, gone, held }))
 }
@@ -241,9 +250,24 @@ async fn usable_config<S: LeaseStore>(
     Ok((config, backend, unknown))
 }
 
-async fn choose_underlay(network: &mut LinuxNetwork, settings: &Settings) -> Result<Underlay, StartError> {
-    let facts = network.facts(settings.selection.can_reach).await?;
-    let chosen = underlay::choose(&facts, &settings.selection)?;
+/// A device of ours with an address of no network of ours has most likely two masters.
+fn warn_of_another_agent(claim: &Claim, facts: &Facts) {
+    for interface in facts.interfaces.iter().filter(|interface| claim.owns_link(interface.name)) {
+        let is_theirs = |own: &&InterfaceAddress| {
+            own.network.is_ipv4() && !claim.owns_address(interface.name, own.network)
+        };
+        if let Some(theirs) = interface.addresses.iter().find(is_theirs) {
+            warn!(
+                device = %interface.name, address = %theirs.network,
+                "our device has an address of another network: if another agent on this host uses the same VNI, give \
+                 one of them another"
+            );
+        }
+    }
+}
+
+fn choose_underlay(facts: &Facts, settings: &Settings) -> Result<Underlay, NoUnderlay> {
+    let chosen = underlay::choose(facts, &settings.selection)?;
     for passed_over in &chosen.passed_over {
         warn!("passed over {passed_over}");
     }

@@ -2,7 +2,7 @@
 
 use super::{Backend, Node};
 use crate::lease::{Lease, LeaseAttrs};
-use crate::state::{HostState, LinkName, MacAddr};
+use crate::state::{HostState, LinkName, MacAddr, Object};
 use crate::underlay::Underlay;
 
 /// Plans nothing.
@@ -18,8 +18,8 @@ impl Backend for Alloc {
         vec![]
     }
 
-    fn mtu(&self, underlay: &Underlay) -> u32 {
-        underlay.mtu
+    fn mtu(&self, node: &Node) -> u32 {
+        node.underlay.mtu
     }
 
     fn check(&self, _underlay: &Underlay) -> Result<(), String> {
@@ -35,7 +35,7 @@ impl Backend for Alloc {
         HostState::default()
     }
 
-    fn plan_peer(&self, _node: &Node, _peer: &Lease) -> Result<HostState, String> {
-        Ok(HostState::default())
+    fn plan_peer(&self, _node: &Node, _peer: &Lease) -> Result<Vec<Object>, String> {
+        Ok(vec![])
     }
 }

@@ -3,7 +3,7 @@
 
 use super::{Backend, Node, reachable_parts};
 use crate::lease::{Lease, LeaseAttrs};
-use crate::state::{HostState, LinkName, MacAddr, ROUTE_PROTOCOL, Route, RouteKey};
+use crate::state::{HostState, LinkName, MacAddr, Object, ROUTE_PROTOCOL, Route, RouteKey};
 use crate::underlay::Underlay;
 
 /// Routes by way of the peers' own addresses.
@@ -19,8 +19,8 @@ impl Backend for HostGw {
         vec![]
     }
 
-    fn mtu(&self, underlay: &Underlay) -> u32 {
-        underlay.mtu
+    fn mtu(&self, node: &Node) -> u32 {
+        node.underlay.mtu
     }
 
     fn check(&self, underlay: &Underlay) -> Result<(), String> {
@@ -42,9 +42,8 @@ impl Backend for HostGw {
         HostState::default()
     }
 
-    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<HostState, String> {
-        let mut state = HostState::default();
-        for (subnet, address) in reachable_parts(node, peer, self.kind())? {
+    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<Vec<Object>, String> {
+        let to = |(subnet, address)| {
             // Whether the address is a neighbour is the kernel's to judge: it refuses a gateway that is not.
             let route = Route {
                 link: node.underlay.link,
@@ -52,9 +51,10 @@ impl Backend for HostGw {
                 onlink: false,
                 protocol: ROUTE_PROTOCOL,
                 decorated: false,
+                nexthop: None,
             };
-            state.routes.insert(RouteKey::to(subnet), route);
-        }
-        Ok(state)
+            Object::Route(RouteKey::to(subnet), route)
+        };
+        Ok(reachable_parts(node, peer, self.kind())?.into_iter().map(to).collect())
     }
 }

@@ -14,12 +14,13 @@
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use serde::Serialize;
 
-use super::{Backend, Node, data_text, reachable_parts, unicast};
+use super::{Backend, Node, data_text, reachable_parts};
 use crate::json::{BadValue, Object};
-use crate::lease::{Lease, LeaseAttrs, RawJson};
-use crate::state::{HostState, Link, LinkKind, LinkName, MacAddr, ROUTE_PROTOCOL, Route, RouteKey, Vxlan};
+use crate::lease::{BackendData, Lease, LeaseAttrs};
+use crate::state::{
+    HostState, Link, LinkKind, LinkName, MacAddr, Object as Wanted, ROUTE_PROTOCOL, Route, RouteKey, Vxlan,
+};
 use crate::underlay::Underlay;
 
 /// Outer IPv4 (20) + UDP (8) + VXLAN (8) + inner Ethernet (14), RFC 7348 section 5.
@@ -44,16 +45,6 @@ pub struct VxlanBackend {
     gbp: bool,
     learning: bool,
     direct_routing: bool,
-}
-
-/// The backend data of a lease, in flannel's order.
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct BackendData {
-    #[serde(rename = "VNI")]
-    vni: u32,
-    #[serde(rename = "VtepMAC")]
-    vtep_mac: String,
 }
 
 impl VxlanBackend {
@@ -88,19 +79,31 @@ impl VxlanBackend {
     }
 
     /// The VTEP MAC in a lease, with what else its data must be.
-    fn peer_mac(&self, data: Option<&RawJson>) -> Result<MacAddr, String> {
-        let data = data.ok_or("it has no backend data")?;
-        let data = Object::parse("BackendData", data.as_str()).map_err(|error| error.to_string())?;
-        let mac = unicast(&data_text(&data, "VtepMAC")?, "VtepMAC")?;
-        // Nodes before v0.14 publish no VNI, those before v0.24 only 16 bits of it.
-        let vni = data.number("VNI", 0..=u32::MAX).map_err(|error| error.to_string())?;
+    fn peer_mac(&self, data: Option<&BackendData>) -> Result<MacAddr, String> {
+        let (vni, mac) = match data.ok_or("it has no backend data")? {
+            BackendData::Vtep { vni, mac } => (*vni, *mac),
+            BackendData::Json(json) => read_vtep(json.as_str())?,
+        };
+        if !mac.is_unicast() {
+            return Err(format!("VtepMAC {mac} is not the address of one device"));
+        }
         match vni {
+            // Nodes before v0.24 publish only 16 bits of it.
             Some(vni) if vni != self.vni && vni != self.vni & 0xffff => {
                 Err(format!("its VNI is {vni}, ours is {}", self.vni))
             }
             _ => Ok(mac),
         }
     }
+}
+
+/// VNI and VTEP MAC out of data that is not just these two, or what is wrong with them.
+fn read_vtep(json: &str) -> Result<(Option<u32>, MacAddr), String> {
+    let data = Object::parse("BackendData", json).map_err(|error| error.to_string())?;
+    let text = data_text(&data, "VtepMAC")?;
+    let mac = text.parse().map_err(|error| format!("VtepMAC {text:?} is {error}"))?;
+    let vni = data.number("VNI", 0..=u32::MAX).map_err(|error| error.to_string())?;
+    Ok((vni, mac))
 }
 
 impl Backend for VxlanBackend {
@@ -112,12 +115,16 @@ impl Backend for VxlanBackend {
         vec![self.device()]
     }
 
-    fn mtu(&self, underlay: &Underlay) -> u32 {
-        self.outer_mtu(underlay).saturating_sub(VXLAN_OVERHEAD)
+    fn mtu(&self, node: &Node) -> u32 {
+        node.mtu.unwrap_or_else(|| self.outer_mtu(&node.underlay).saturating_sub(VXLAN_OVERHEAD))
     }
 
     fn mtu_cut(&self, underlay: &Underlay) -> bool {
         self.mtu.is_some_and(|mtu| mtu > underlay.mtu)
+    }
+
+    fn looks_at_routes(&self) -> bool {
+        self.direct_routing
     }
 
     fn check(&self, underlay: &Underlay) -> Result<(), String> {
@@ -135,8 +142,8 @@ impl Backend for VxlanBackend {
         let standing =
             observed.links.get(&self.device()).filter(|link| matches!(link.kind, LinkKind::Vxlan(_)));
         let mac = standing.map(|link| link.mac).filter(MacAddr::is_unicast).unwrap_or(random);
-        let data = BackendData { vni: self.vni, vtep_mac: mac.to_string() };
-        LeaseAttrs { backend_data: Some(RawJson::of(&data)), ..underlay.attributes("vxlan") }
+        let data = BackendData::Vtep { vni: Some(self.vni), mac };
+        LeaseAttrs { backend_data: Some(data), ..underlay.attributes("vxlan") }
     }
 
     fn plan_node(&self, node: &Node) -> HostState {
@@ -154,7 +161,7 @@ impl Backend for VxlanBackend {
                 gbp: self.gbp,
             }),
             mac,
-            mtu: self.mtu(&node.underlay),
+            mtu: self.mtu(node),
             up: true,
         };
         state.links.insert(device, link);
@@ -166,8 +173,8 @@ impl Backend for VxlanBackend {
         state
     }
 
-    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<HostState, String> {
-        let mut state = HostState::default();
+    fn plan_peer(&self, node: &Node, peer: &Lease) -> Result<Vec<Wanted>, String> {
+        let mut wanted = Vec::with_capacity(3);
         for (subnet, address) in reachable_parts(node, peer, self.kind())? {
             let route = |link, gateway, onlink| Route {
                 link,
@@ -175,21 +182,26 @@ impl Backend for VxlanBackend {
                 onlink,
                 protocol: ROUTE_PROTOCOL,
                 decorated: false,
+                nexthop: None,
             };
-            if let Some(link) = node.underlay.attached(address).filter(|_| self.direct_routing) {
-                state.routes.insert(RouteKey::to(subnet), route(link, address, false));
+            let direct = if self.direct_routing { node.underlay.attached(address) } else { None };
+            if let Some(link) = direct {
+                wanted.push(Wanted::Route(RouteKey::to(subnet), route(link, address, false)));
                 continue;
             }
-            let data = if subnet.is_ipv4() { &peer.attrs.backend_data } else { &peer.attrs.backend_v6_data };
-            let mac = self.peer_mac(data.as_ref())?;
+            let data = match subnet {
+                IpNetwork::V4(_) => peer.attrs.backend_data.as_ref(),
+                IpNetwork::V6(_) => peer.attrs.backend_v6_data.as_deref(),
+            };
+            let mac = self.peer_mac(data)?;
             if self.peer_mac(node.lease.attrs.backend_data.as_ref()) == Ok(mac) {
                 return Err(format!("its VtepMAC {mac} is our own"));
             }
             let device = self.device();
-            state.neighbours.insert((device, subnet.ip()), mac);
-            state.fdb.insert((device, mac), address);
-            state.routes.insert(RouteKey::to(subnet), route(device, subnet.ip(), true));
+            wanted.push(Wanted::Neighbour(device, subnet.ip(), mac));
+            wanted.push(Wanted::Fdb(device, mac, address));
+            wanted.push(Wanted::Route(RouteKey::to(subnet), route(device, subnet.ip(), true)));
         }
-        Ok(state)
+        Ok(wanted)
     }
 }

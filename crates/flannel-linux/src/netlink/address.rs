@@ -10,7 +10,7 @@ use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 
-use super::socket::{Kernel, NetlinkError, Request};
+use super::socket::{Kernel, NetlinkError, Request, decode_part};
 use super::{AddressFamily, family};
 
 /// The addresses of one device, or of all, in the kernel's order; with the index of their device.
@@ -22,10 +22,20 @@ pub(crate) fn list(
     let mut message = AddressMessage::default();
     message.header.family = family;
     message.header.index = index.unwrap_or(0);
-    kernel.dump(RouteNetlinkMessage::GetAddress(message), |part| match part {
+    kernel.dump(RouteNetlinkMessage::GetAddress(message), |kind, payload| match decode_part(kind, payload)? {
         RouteNetlinkMessage::NewAddress(message) if message.header.family == family => decode(&message),
         _ => None,
     })
+}
+
+/// Reads an address that the kernel tells of.
+pub(crate) fn read(kind: u16, payload: &[u8]) -> Option<(u32, InterfaceAddress)> {
+    match decode_part(kind, payload)? {
+        RouteNetlinkMessage::NewAddress(message) | RouteNetlinkMessage::DelAddress(message) => {
+            decode(&message)
+        }
+        _ => None,
+    }
 }
 
 /// Gives a device an address: global, without label or broadcast.
@@ -36,12 +46,12 @@ pub(crate) fn add(index: u32, address: IpNetwork) -> Request {
         // Nobody else can have it: it is inside our own lease. So no second of doubt.
         message.header.flags = AddressHeaderFlags::Nodad;
     }
-    Request { flags: NLM_F_CREATE | NLM_F_EXCL, message: RouteNetlinkMessage::NewAddress(message) }
+    Request { flags: NLM_F_CREATE | NLM_F_EXCL, message: RouteNetlinkMessage::NewAddress(message).into() }
 }
 
 /// Takes an address from a device.
 pub(crate) fn remove(index: u32, address: IpNetwork) -> Request {
-    Request { flags: 0, message: RouteNetlinkMessage::DelAddress(naming(index, address)) }
+    Request { flags: 0, message: RouteNetlinkMessage::DelAddress(naming(index, address)).into() }
 }
 
 fn naming(index: u32, address: IpNetwork) -> AddressMessage {

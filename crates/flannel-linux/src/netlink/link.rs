@@ -10,10 +10,10 @@ use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, VxlanDf,
 };
 
-use super::socket::{Kernel, NetlinkError, Request};
+use super::socket::{Kernel, NetlinkError, Request, decode_part};
 
 /// A device as the kernel describes it; other devices by index.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SeenLink {
     pub(crate) index: u32,
     pub(crate) name: LinkName,
@@ -25,7 +25,7 @@ pub(crate) struct SeenLink {
 }
 
 /// What a device is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SeenKind {
     /// The lower device stands beside as an index.
     Vxlan(Vxlan, Option<u32>),
@@ -56,36 +56,25 @@ pub(crate) fn by_name(kernel: &mut Kernel, name: LinkName) -> Result<Option<Seen
     find(kernel, asking(vec![LinkAttribute::IfName(name.to_string())]))
 }
 
-/// Looks a device up by its index; `None` if there is none.
-pub(crate) fn by_index(kernel: &mut Kernel, index: u32) -> Result<Option<SeenLink>, NetlinkError> {
-    let mut message = asking(vec![]);
-    message.header.index = index;
-    find(kernel, message)
-}
-
 /// All devices, in the order of their indexes.
 pub(crate) fn all(kernel: &mut Kernel) -> Result<Vec<SeenLink>, NetlinkError> {
     list(kernel, asking(vec![]))
 }
 
 /// The device that already holds this network identifier on this port.
-pub(crate) fn twin(kernel: &mut Kernel, wanted: &Vxlan) -> Result<Option<LinkName>, NetlinkError> {
+pub(crate) fn twin(kernel: &mut Kernel, wanted: &Vxlan) -> Result<Option<SeenLink>, NetlinkError> {
     let only_vxlan = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vxlan)]);
-    let twin = list(kernel, asking(vec![only_vxlan]))?.into_iter().find(|seen| match &seen.kind {
+    Ok(list(kernel, asking(vec![only_vxlan]))?.into_iter().find(|seen| match &seen.kind {
         SeenKind::Vxlan(vxlan, _) => (vxlan.vni, vxlan.port) == (wanted.vni, wanted.port),
         SeenKind::Other(_) => false,
-    });
-    Ok(twin.map(|seen| seen.name))
+    }))
 }
 
 /// Makes a device, switched off.
 pub(crate) fn add(name: LinkName, link: &Link, vxlan: &Vxlan, lower: Option<u32>) -> Request {
     let mut data = vec![InfoVxlan::Id(vxlan.vni)];
     data.extend(lower.map(InfoVxlan::Link));
-    data.extend(vxlan.local.map(|local| match local {
-        IpAddr::V4(address) => InfoVxlan::Local(address),
-        IpAddr::V6(address) => InfoVxlan::Local6(address),
-    }));
+    data.extend(vxlan.local.map(source));
     data.extend([
         InfoVxlan::Ttl(0),
         InfoVxlan::Tos(0),
@@ -109,7 +98,20 @@ pub(crate) fn add(name: LinkName, link: &Link, vxlan: &Vxlan, lower: Option<u32>
         LinkAttribute::Address(link.mac.0.to_vec()),
         vxlan_info(data),
     ];
-    Request { flags: NLM_F_CREATE | NLM_F_EXCL, message: RouteNetlinkMessage::NewLink(message) }
+    Request { flags: NLM_F_CREATE | NLM_F_EXCL, message: RouteNetlinkMessage::NewLink(message).into() }
+}
+
+/// Where a device sends from.
+fn source(local: IpAddr) -> InfoVxlan {
+    match local {
+        IpAddr::V4(address) => InfoVxlan::Local(address),
+        IpAddr::V6(address) => InfoVxlan::Local6(address),
+    }
+}
+
+/// Gives a standing device another name.
+pub(crate) fn rename(index: u32, name: LinkName) -> Request {
+    to_standing(index, vec![LinkAttribute::IfName(name.to_string())])
 }
 
 /// Switches a device on or off.
@@ -118,20 +120,29 @@ pub(crate) fn set_up(index: u32, up: bool) -> Request {
     message.header.index = index;
     message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
     message.header.change_mask = LinkFlags::Up;
-    Request { flags: 0, message: RouteNetlinkMessage::NewLink(message) }
+    Request { flags: 0, message: RouteNetlinkMessage::NewLink(message).into() }
 }
 
 /// Brings a device to what it should be, naming only what differs.
 ///
 /// What is particular to VXLAN goes in a message of its own: beside it the
 /// kernel takes no MTU (`vxlan_nl2conf` in `drivers/net/vxlan/vxlan_core.c`).
-pub(crate) fn change(is: &SeenLink, should: &Link) -> Vec<Request> {
+pub(crate) fn change(is: &SeenLink, should: &Link, lower: Option<u32>) -> Vec<Request> {
     let mut requests = vec![];
-    if let (SeenKind::Vxlan(is_vxlan, _), LinkKind::Vxlan(vxlan)) = (&is.kind, &should.kind)
-        && is_vxlan.learning != vxlan.learning
-    {
-        let learning = vxlan_info(vec![InfoVxlan::Learning(vxlan.learning)]);
-        requests.push(to_standing(is.index, vec![learning]));
+    if let (SeenKind::Vxlan(is_vxlan, is_lower), LinkKind::Vxlan(vxlan)) = (&is.kind, &should.kind) {
+        let mut data = vec![];
+        if *is_lower != lower {
+            data.extend(lower.map(InfoVxlan::Link));
+        }
+        if is_vxlan.local != vxlan.local {
+            data.extend(vxlan.local.map(source));
+        }
+        if is_vxlan.learning != vxlan.learning {
+            data.push(InfoVxlan::Learning(vxlan.learning));
+        }
+        if !data.is_empty() {
+            requests.push(to_standing(is.index, vec![vxlan_info(data)]));
+        }
     }
     let mut attributes = vec![];
     if is.mac != should.mac {
@@ -153,14 +164,14 @@ fn to_standing(index: u32, attributes: Vec<LinkAttribute>) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes = attributes;
-    Request { flags: 0, message: RouteNetlinkMessage::NewLink(message) }
+    Request { flags: 0, message: RouteNetlinkMessage::NewLink(message).into() }
 }
 
 /// Deletes a device.
 pub(crate) fn remove(index: u32) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    Request { flags: 0, message: RouteNetlinkMessage::DelLink(message) }
+    Request { flags: 0, message: RouteNetlinkMessage::DelLink(message).into() }
 }
 
 fn vxlan_info(data: Vec<InfoVxlan>) -> LinkAttribute {
@@ -184,12 +195,17 @@ fn find(kernel: &mut Kernel, message: LinkMessage) -> Result<Option<SeenLink>, N
 }
 
 fn list(kernel: &mut Kernel, message: LinkMessage) -> Result<Vec<SeenLink>, NetlinkError> {
-    let mut links = kernel.dump(RouteNetlinkMessage::GetLink(message), |part| match part {
-        RouteNetlinkMessage::NewLink(message) => decode(&message),
-        _ => None,
-    })?;
+    let mut links = kernel.dump(RouteNetlinkMessage::GetLink(message), read)?;
     links.sort_by_key(|link| link.index);
     Ok(links)
+}
+
+/// Reads a device that the kernel tells of.
+pub(crate) fn read(kind: u16, payload: &[u8]) -> Option<SeenLink> {
+    match decode_part(kind, payload)? {
+        RouteNetlinkMessage::NewLink(message) | RouteNetlinkMessage::DelLink(message) => decode(&message),
+        _ => None,
+    }
 }
 
 /// A device; `None` if it has no name that an operator could write.

@@ -5,22 +5,36 @@ use std::net::IpAddr;
 use flannel_core::state::MacAddr;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
-};
+use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::RouteType;
 
-use super::socket::{Kernel, NetlinkError, Request};
-use super::{family, is_permanent};
+use super::socket::{Kernel, NetlinkError, Request, attributes};
+use super::{address_from_bytes, family, is_permanent, number_at};
+
+/// Bytes of `struct ndmsg` (`linux/neighbour.h`): family, padding, device, state, flags, type.
+pub(crate) const NDMSG: usize = 12;
+
+/// `NDA_DST`.
+pub(crate) const NDA_DST: u16 = 1;
+
+/// `NDA_LLADDR`.
+pub(crate) const NDA_LLADDR: u16 = 2;
+
+/// An entry as the kernel tells of it.
+pub(crate) struct SeenNeighbour {
+    pub(crate) index: u32,
+    pub(crate) ip: IpAddr,
+    /// `None` for one that is not permanent.
+    pub(crate) mac: Option<MacAddr>,
+}
 
 /// The permanent entries of a device, of both families.
 pub(crate) fn list(kernel: &mut Kernel, index: u32) -> Result<Vec<(IpAddr, MacAddr)>, NetlinkError> {
     let mut message = NeighbourMessage::default();
     // Strict checking wants the device as an attribute, and refuses it in the header.
     message.attributes = vec![NeighbourAttribute::IfIndex(index)];
-    kernel.dump(RouteNetlinkMessage::GetNeighbour(message), |part| match part {
-        RouteNetlinkMessage::NewNeighbour(message) if message.header.ifindex == index => decode(&message),
-        _ => None,
+    kernel.dump(RouteNetlinkMessage::GetNeighbour(message), |_, payload| {
+        decode(payload).filter(|seen| seen.index == index).and_then(|seen| Some((seen.ip, seen.mac?)))
     })
 }
 
@@ -30,12 +44,15 @@ pub(crate) fn put(index: u32, ip: IpAddr, mac: MacAddr) -> Request {
     message.header.state = NeighbourState::Permanent;
     message.header.kind = RouteType::Unicast;
     message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    Request { flags: NLM_F_CREATE | NLM_F_REPLACE, message: RouteNetlinkMessage::NewNeighbour(message) }
+    Request {
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        message: RouteNetlinkMessage::NewNeighbour(message).into(),
+    }
 }
 
 /// Deletes an entry.
 pub(crate) fn remove(index: u32, ip: IpAddr) -> Request {
-    Request { flags: 0, message: RouteNetlinkMessage::DelNeighbour(naming(index, ip)) }
+    Request { flags: 0, message: RouteNetlinkMessage::DelNeighbour(naming(index, ip)).into() }
 }
 
 fn naming(index: u32, ip: IpAddr) -> NeighbourMessage {
@@ -46,22 +63,21 @@ fn naming(index: u32, ip: IpAddr) -> NeighbourMessage {
     message
 }
 
-fn decode(message: &NeighbourMessage) -> Option<(IpAddr, MacAddr)> {
-    if !is_permanent(message.header.state) {
-        return None;
-    }
+/// Reads an entry; `None` for one that has no address.
+pub(crate) fn decode(payload: &[u8]) -> Option<SeenNeighbour> {
     let (mut ip, mut mac) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
-                ip = Some(IpAddr::V4(*address))
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
-                ip = Some(IpAddr::V6(*address));
-            }
-            NeighbourAttribute::LinkLayerAddress(bytes) => mac = bytes.as_slice().try_into().ok(),
+    for (kind, value) in attributes(payload, NDMSG) {
+        match kind {
+            NDA_DST => ip = address_from_bytes(value),
+            NDA_LLADDR => mac = value.try_into().ok().map(MacAddr),
             _ => {}
         }
     }
-    Some((ip?, MacAddr(mac?)))
+    let mac = mac.filter(|_| is_permanent(state(payload)));
+    Some(SeenNeighbour { index: number_at(payload, 4)?, ip: ip?, mac })
+}
+
+/// `ndm_state`.
+pub(crate) fn state(payload: &[u8]) -> u16 {
+    payload.get(8..10).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_ne_bytes)
 }

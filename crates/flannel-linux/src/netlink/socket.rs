@@ -1,13 +1,15 @@
-//! The one way to ask the kernel: a thread of its own that owns the socket.
+//! The one way to ask the kernel: a thread of its own that owns the sockets.
 //!
 //! ```text
 //!   async side                       the thread
-//!   run(job) ── bounded channel ──▶  job(&mut Kernel) ── sendmsg ─▶ kernel
-//!            ◀───── oneshot ───────  its answer       ◀── recv ───
+//!   run(job) ──── channel ────────▶  job(&mut Kernel) ── sendmsg ─▶ kernel
+//!            ◀──── oneshot ───────   its answer       ◀── recv ───
+//!   changes  ◀─────────────────────  Monitor          ◀── its word of changes
 //! ```
 //!
 //! A job runs to its end even if nobody waits for it any more. What went wrong
-//! with the socket itself makes the next job open a new one.
+//! with the socket itself makes the next job open a new one. Between jobs the
+//! thread listens (see [`super::monitor`]).
 //!
 //! Requests that change something go many to a datagram. The kernel takes them
 //! in order and answers each that it refuses; only the last is asked to be
@@ -17,23 +19,29 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use flannel_core::host::HostError;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NlasIterator,
+    NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable,
+    NlasIterator,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tracing::debug;
+
+use super::monitor::{Listener, Monitor};
 
 /// How many requests go in one datagram.
 pub(crate) const BATCH: usize = 192;
@@ -50,6 +58,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often a dump that was disturbed is begun anew.
 const DUMP_ATTEMPTS: usize = 10;
+
+/// Bytes of a netlink message before its own (`struct nlmsghdr`).
+const HEADER: usize = 16;
 
 /// Attribute of an extended acknowledgement: the kernel's words (`linux/netlink.h`).
 const NLMSGERR_ATTR_MSG: u16 = 1;
@@ -114,33 +125,61 @@ pub(crate) struct Request {
     /// `NLM_F_CREATE` and the like; the rest is added on the way.
     pub(crate) flags: u16,
     /// What to do.
-    pub(crate) message: RouteNetlinkMessage,
+    pub(crate) message: Message,
+}
+
+/// What follows the header of a netlink message.
+#[derive(Clone, Debug)]
+pub(crate) enum Message {
+    /// In rtnetlink's vocabulary.
+    Typed(Box<RouteNetlinkMessage>),
+    /// In bytes, where that has no word for it; with the message type.
+    Raw(u16, Vec<u8>),
+}
+
+impl From<RouteNetlinkMessage> for Message {
+    fn from(message: RouteNetlinkMessage) -> Self {
+        Self::Typed(Box::new(message))
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 
 /// The handle to the thread; the thread ends with it.
 pub(crate) struct KernelThread {
-    jobs: mpsc::Sender<Job>,
+    /// Always there but while it is dropped.
+    jobs: Option<mpsc::Sender<Job>>,
+    wake: Arc<EventFd>,
+    /// What the thread has heard.
+    pub(crate) listener: Listener,
+}
+
+impl Drop for KernelThread {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // A thread that has ended needs no waking.
+        let _ = self.wake.write(1);
+    }
 }
 
 impl KernelThread {
-    /// Opens the socket and starts the thread, both in the caller's network namespace.
-    pub(crate) fn start() -> Result<Self, HostError> {
+    /// Opens the sockets and starts the thread, all in the caller's network
+    /// namespace; with so many bytes of room for what the kernel tells.
+    pub(crate) fn start(room: usize) -> Result<Self, HostError> {
         let broken = |source: io::Error| HostError::Broken {
             operation: "cannot open a netlink socket".into(),
             source: Box::new(source),
         };
-        let mut kernel = Kernel::new();
+        let listener = Listener::default();
+        let mut kernel = Kernel::new(Monitor::open(listener.clone(), room).map_err(broken)?);
         kernel.socket().map_err(broken)?;
-        let (jobs, mut queue) = mpsc::channel::<Job>(1);
-        let work = move || {
-            while let Some(job) = queue.blocking_recv() {
-                job(&mut kernel);
-            }
-        };
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        let wake = Arc::new(wake.map_err(|errno| broken(errno.into()))?);
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let woken = wake.clone();
+        let work = move || work(&mut kernel, &queue, &woken);
         thread::Builder::new().name("netlink".into()).spawn(work).map_err(broken)?;
-        Ok(Self { jobs })
+        Ok(Self { jobs: Some(jobs), wake, listener })
     }
 
     /// Runs `job` on the thread.
@@ -163,22 +202,55 @@ impl KernelThread {
             // Nobody waits any more: then nobody needs the answer.
             drop(answer.send(outcome));
         });
-        self.jobs.send(job).await.map_err(|_| broken("the netlink thread has ended".into()))?;
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        if !sent || self.wake.write(1).is_err() {
+            return Err(broken("the netlink thread has ended".into()));
+        }
         let outcome = answered.await.map_err(|_| broken("the netlink thread has ended".into()))?;
         outcome.map_err(|error| broken(Box::new(error)))
     }
 }
 
-/// The socket, for whoever is on its thread.
+/// Jobs as they come, and the kernel's word of changes, until nobody has the handle any more.
+fn work(kernel: &mut Kernel, queue: &mpsc::Receiver<Job>, wake: &EventFd) {
+    loop {
+        let mut ready = [
+            PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(kernel.monitor.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => {
+                debug!(%errno, "the netlink thread ends");
+                return;
+            }
+        }
+        // Whether or not it was this that woke us.
+        let _ = wake.read();
+        loop {
+            match queue.try_recv() {
+                Ok(job) => job(kernel),
+                Err(mpsc::TryRecvError::Empty) => break,
+                Err(mpsc::TryRecvError::Disconnected) => return,
+            }
+        }
+        kernel.monitor.hear();
+    }
+}
+
+/// The sockets, for whoever is on their thread.
 pub(crate) struct Kernel {
     socket: Option<Socket>,
     sequence: u32,
     received: Box<[u8]>,
+    /// What the kernel tells by itself.
+    pub(crate) monitor: Monitor,
 }
 
 impl Kernel {
-    fn new() -> Self {
-        Self { socket: None, sequence: 0, received: vec![0; RECEIVE_BUFFER].into_boxed_slice() }
+    fn new(monitor: Monitor) -> Self {
+        let received = vec![0; RECEIVE_BUFFER].into_boxed_slice();
+        Self { socket: None, sequence: 0, received, monitor }
     }
 
     /// Takes the requests in their order; tells for each whether the kernel did.
@@ -197,7 +269,7 @@ impl Kernel {
                 count += 1;
                 let last = count == BATCH || requests.peek().is_none();
                 let flags = request.flags | if last { NLM_F_ACK } else { 0 };
-                self.write(&mut datagram, flags, request.message);
+                self.write(&mut datagram, flags, &request.message);
             }
             let from = outcomes.len();
             outcomes.resize(from + count, Ok(()));
@@ -219,7 +291,7 @@ impl Kernel {
         message: RouteNetlinkMessage,
     ) -> Result<Result<RouteNetlinkMessage, Refusal>, NetlinkError> {
         let mut datagram = Vec::new();
-        let sequence = self.write(&mut datagram, 0, message);
+        let sequence = self.write(&mut datagram, 0, &message.into());
         self.send(&datagram)?;
         loop {
             let bytes = self.receive()?;
@@ -229,7 +301,8 @@ impl Kernel {
                     continue;
                 }
                 if frame.message_type() != NLMSG_ERROR {
-                    return decode(&frame).map(Ok).map_err(NetlinkError::Garbled);
+                    let message = decode(frame.message_type(), frame.payload());
+                    return message.map(Ok).map_err(NetlinkError::Garbled);
                 }
                 return match refusal(&frame)? {
                     Some(refusal) => Ok(Err(refusal)),
@@ -239,15 +312,16 @@ impl Kernel {
         }
     }
 
-    /// Asks for a list, and keeps what `pick` makes of its parts.
+    /// Asks for a list, and keeps what `pick` makes of its parts: of the type and the bytes of each.
     pub(crate) fn dump<T>(
         &mut self,
-        message: RouteNetlinkMessage,
-        mut pick: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+        message: impl Into<Message>,
+        mut pick: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> Result<Vec<T>, NetlinkError> {
+        let message = message.into();
         for _ in 0..DUMP_ATTEMPTS {
             let mut list = Vec::new();
-            if self.dump_once(message.clone(), &mut |part| list.extend(pick(part)))? {
+            if self.dump_once(&message, &mut |kind, payload| list.extend(pick(kind, payload)))? {
                 return Ok(list);
             }
         }
@@ -257,8 +331,8 @@ impl Kernel {
     /// Whether the list stood still while it was read.
     fn dump_once(
         &mut self,
-        message: RouteNetlinkMessage,
-        take: &mut dyn FnMut(RouteNetlinkMessage),
+        message: &Message,
+        take: &mut dyn FnMut(u16, &[u8]),
     ) -> Result<bool, NetlinkError> {
         let mut datagram = Vec::new();
         let sequence = self.write(&mut datagram, NLM_F_DUMP, message);
@@ -298,17 +372,25 @@ impl Kernel {
     }
 
     /// Adds a message to a datagram; returns its sequence number.
-    fn write(&mut self, datagram: &mut Vec<u8>, flags: u16, message: RouteNetlinkMessage) -> u32 {
+    fn write(&mut self, datagram: &mut Vec<u8>, flags: u16, message: &Message) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        message.finalize();
-        let (from, length) = (datagram.len(), message.buffer_len());
+        let (kind, length) = match message {
+            Message::Typed(message) => (message.message_type(), message.buffer_len()),
+            Message::Raw(kind, bytes) => (*kind, bytes.len()),
+        };
+        let whole = u32::try_from(HEADER + length).expect("a message is shorter than four gigabytes");
+        datagram.extend(whole.to_ne_bytes());
+        datagram.extend(kind.to_ne_bytes());
+        datagram.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+        datagram.extend(self.sequence.to_ne_bytes());
+        datagram.extend([0; 4]);
+        let from = datagram.len();
         // Messages in one datagram begin at multiples of four.
         datagram.resize(from + length.next_multiple_of(4), 0);
-        message.serialize(&mut datagram[from..from + length]);
+        match message {
+            Message::Typed(message) => message.serialize(&mut datagram[from..from + length]),
+            Message::Raw(_, bytes) => datagram[from..from + length].copy_from_slice(bytes),
+        }
         self.sequence
     }
 
@@ -341,14 +423,19 @@ impl Kernel {
     fn socket(&mut self) -> io::Result<&Socket> {
         match &mut self.socket {
             Some(socket) => Ok(socket),
-            empty => Ok(empty.insert(open()?)),
+            empty => {
+                let (socket, port) = open()?;
+                self.monitor.pass_over_writes_of(port);
+                Ok(empty.insert(socket))
+            }
         }
     }
 }
 
-fn open() -> io::Result<Socket> {
+/// The socket and the port number that the kernel knows it by.
+fn open() -> io::Result<(Socket, u32)> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
+    let port = socket.bind_auto()?.port_number();
     // Connected, it takes nothing from other processes.
     socket.connect(&SocketAddr::new(0, 0))?;
     socket.set_netlink_get_strict_chk(true)?;
@@ -362,11 +449,11 @@ fn open() -> io::Result<Socket> {
         sockopt::ReceiveTimeout,
         &TimeVal::from(nix::libc::timeval { tv_sec: PATIENCE.as_secs() as nix::libc::time_t, tv_usec: 0 }),
     )?;
-    Ok(socket)
+    Ok((socket, port))
 }
 
 /// The messages of a datagram.
-struct Frames<'a>(&'a [u8]);
+pub(crate) struct Frames<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Iterator for Frames<'a> {
     type Item = Result<NetlinkBuffer<&'a [u8]>, NetlinkError>;
@@ -400,7 +487,7 @@ enum Progress {
 fn read_dump(
     datagram: &[u8],
     sequence: u32,
-    take: &mut dyn FnMut(RouteNetlinkMessage),
+    take: &mut dyn FnMut(u16, &[u8]),
 ) -> Result<Progress, NetlinkError> {
     let mut disturbed = false;
     for frame in Frames(datagram) {
@@ -417,20 +504,38 @@ fn read_dump(
                 };
             }
             NLMSG_OVERRUN => return Err(NetlinkError::Garbled("the kernel lost a part".into())),
-            _ => match decode(&frame) {
-                Ok(part) => take(part),
-                // Somebody else's object with attributes that our library does not know.
-                Err(error) => debug!(error, "passing over an object that cannot be read"),
-            },
+            kind => take(kind, frame.payload()),
         }
     }
     Ok(Progress::More { disturbed })
 }
 
-fn decode(frame: &NetlinkBuffer<&[u8]>) -> Result<RouteNetlinkMessage, String> {
+/// One object in rtnetlink's vocabulary.
+pub(crate) fn decode(kind: u16, payload: &[u8]) -> Result<RouteNetlinkMessage, String> {
     let mut header = NetlinkHeader::default();
-    header.message_type = frame.message_type();
-    RouteNetlinkMessage::deserialize(&header, frame.payload()).map_err(|error| error.to_string())
+    header.message_type = kind;
+    RouteNetlinkMessage::deserialize(&header, payload).map_err(|error| error.to_string())
+}
+
+/// One object of a list; `None` for one of somebody else's with attributes that the vocabulary lacks.
+pub(crate) fn decode_part(kind: u16, payload: &[u8]) -> Option<RouteNetlinkMessage> {
+    decode(kind, payload)
+        .inspect_err(|error| debug!(error, "passing over an object that cannot be read"))
+        .ok()
+}
+
+/// The attributes behind the first `fixed` bytes of an object: type and value of each.
+pub(crate) fn attributes(payload: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    /// `NLA_TYPE_MASK`: the two highest bits tell how a value is laid out.
+    const TYPE: u16 = 0x3fff;
+    let mut rest = payload.get(fixed..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let &[a, b, c, d] = rest.first_chunk()?;
+        let length = usize::from(u16::from_ne_bytes([a, b]));
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([c, d]) & TYPE, value))
+    })
 }
 
 /// The error in a closing or acknowledging message; `None` if it says that all went well.
@@ -484,8 +589,12 @@ mod tests {
         attribute
     }
 
+    fn kernel() -> Kernel {
+        Kernel::new(Monitor::open(Listener::default(), SOCKET_BUFFER).unwrap())
+    }
+
     fn read(datagram: &[u8]) -> Result<Progress, NetlinkError> {
-        read_dump(datagram, 7, &mut |_| {})
+        read_dump(datagram, 7, &mut |_, _| {})
     }
 
     #[test]
@@ -546,7 +655,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_does_not_answer_is_an_error_in_the_end() {
-        let mut kernel = Kernel::new();
+        let mut kernel = kernel();
         kernel.socket().unwrap();
         let socket = kernel.socket.as_ref().unwrap();
         let soon = TimeVal::from(nix::libc::timeval { tv_sec: 0, tv_usec: 1000 });
@@ -561,7 +670,7 @@ mod tests {
         // Strict checking wants the device as an attribute.
         message.header.ifindex = 1;
 
-        let outcome = Kernel::new().dump(RouteNetlinkMessage::GetNeighbour(message), Some);
+        let outcome = kernel().dump(RouteNetlinkMessage::GetNeighbour(message), decode_part);
 
         let Err(NetlinkError::Refused(refusal)) = outcome else { panic!("{outcome:?}") };
         assert_eq!(refusal.errno, Errno::EINVAL);
@@ -570,10 +679,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_thread_that_has_ended_is_an_error_and_not_an_empty_answer() {
-        let (jobs, queue) = mpsc::channel::<Job>(1);
-        drop(queue);
+        let mut thread = KernelThread::start(SOCKET_BUFFER).unwrap();
+        thread.jobs = Some(mpsc::channel::<Job>().0);
 
-        let outcome = KernelThread { jobs }.run("cannot read", |_| Ok(())).await;
+        let outcome = thread.run("cannot read", |_| Ok(())).await;
 
         assert!(matches!(outcome, Err(HostError::Broken { .. })));
     }

@@ -5,14 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use flannel_core::chain::chain;
 use flannel_core::host::{Ensured, Failure, HostError};
 use flannel_core::lease::{Expiry, HeldLease, Subnet};
+use flannel_core::state::LinkName;
 use flannel_core::store::{StoreError, Unreadable};
 use flannel_core::subnet_env::SubnetEnv;
+use flannel_core::underlay::Underlay;
 use flannel_core::view::Change;
 use ipnetwork::IpNetwork;
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
+use super::Fight;
 use crate::health::Aspect;
-use crate::reconcile::Outcome;
+use crate::reconcile::{Outcome, Planned, Seen};
 use crate::subnet_file::{SubnetFile, SubnetFileError};
 
 /// How many keys that are no lease are remembered.
@@ -24,10 +28,15 @@ pub(super) struct Said {
     /// Reason and subnet by key.
     unreadable: BTreeMap<String, (String, Option<Subnet>)>,
     strays: BTreeSet<IpNetwork>,
+    /// Since when the interface between the hosts is lost, and whether that was told.
+    lost: Option<(Instant, bool)>,
+    fight: bool,
     /// Peers since the last full pass.
     joined: usize,
     left: usize,
     changed: usize,
+    /// Objects put right since the last full pass.
+    repaired: usize,
     trouble: Option<String>,
     in_sync: bool,
     renewal: Option<String>,
@@ -86,7 +95,7 @@ impl Said {
     }
 
     /// Peers that are left out, and those that no longer are.
-    pub(super) fn skipped(&mut self, outcome: &Outcome) {
+    pub(super) fn skipped(&mut self, outcome: &Planned) {
         for peer in &outcome.skipped {
             if self.skipped.get(&peer.subnet) != Some(&peer.reason) {
                 warn!(subnet = %peer.subnet, reason = %peer.reason, "skipping a peer");
@@ -101,8 +110,8 @@ impl Said {
     }
 
     /// Routes that lead into the network and are nobody's we know.
-    pub(super) fn strays(&mut self, outcome: &Outcome) {
-        for route in &outcome.strays {
+    pub(super) fn strays(&mut self, seen: &Seen) {
+        for route in &seen.strays {
             if !self.strays.contains(&route.destination) {
                 warn!(
                     destination = %route.destination, gateway = ?route.gateway,
@@ -110,7 +119,82 @@ impl Said {
                 );
             }
         }
-        self.strays = outcome.strays.iter().map(|route| route.destination).collect();
+        self.strays = seen.strays.iter().map(|route| route.destination).collect();
+    }
+
+    /// The interface between the hosts is not to be found, or is again. An
+    /// address that goes and comes again at once is not worth a word.
+    pub(super) fn lost(&mut self, seen: &Seen, now: Instant) {
+        let Some(why) = &seen.lost else {
+            if let Some((_, true)) = self.lost.take() {
+                info!("the interface between the hosts is back");
+            }
+            return;
+        };
+        let (since, told) = self.lost.get_or_insert((now, false));
+        if !*told && now.duration_since(*since) >= super::MISSED {
+            *told = true;
+            warn!(%why, "the interface between the hosts is lost; everything stays as it is until it is back");
+        }
+    }
+
+    /// Whether there is no interface between the hosts at the moment.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.is_some()
+    }
+
+    /// Somebody keeps changing what is ours, or no longer does; a phrase if so.
+    pub(super) fn fight(&mut self, fight: &Fight) -> Option<String> {
+        if !fight.goes_on() {
+            if std::mem::take(&mut self.fight) {
+                info!("nobody changes what is ours any more");
+            }
+            return None;
+        }
+        let phrase = format!("somebody keeps changing what is ours, as in: {}", fight.about());
+        if !std::mem::replace(&mut self.fight, true) {
+            error!(
+                first = fight.about(),
+                "somebody keeps changing what is ours in the kernel: another agent with this VNI, a script? Putting it \
+                 right once a second"
+            );
+        }
+        Some(phrase)
+    }
+
+    /// This host stands elsewhere than before.
+    pub(super) fn moved(&self, stood: &Underlay, stands: &Underlay) {
+        let place = |underlay: &Underlay| (underlay.link, underlay.address, underlay.mtu, underlay.public_ip);
+        if place(stood) != place(stands) {
+            info!(
+                link = %stands.link, address = %stands.address, public_ip = %stands.public_ip, mtu = stands.mtu,
+                was = %format_args!("{} {} mtu {}", stood.link, stood.address, stood.mtu),
+                "following the interface between the hosts"
+            );
+        }
+    }
+
+    /// What dockerd has read from the subnet file is no longer what it says.
+    pub(super) fn outdated(&self, was: Option<&SubnetEnv>, is: &SubnetEnv, bridge: Option<LinkName>) {
+        let Some(was) = was.filter(|was| was.mtu != is.mtu) else { return };
+        let bridge = bridge.map_or_else(|| "none yet".into(), |bridge| bridge.to_string());
+        warn!(
+            mtu = is.mtu, was = was.mtu, %bridge,
+            "the MTU in the subnet file is another one now: dockerd gives containers the former one until `systemctl restart docker`"
+        );
+    }
+
+    /// Somebody has touched objects of ours, and they were put right: the first
+    /// with its name, the rest as a sum with the next full pass.
+    pub(super) fn repaired(&mut self, outcome: &Outcome) {
+        if let Some(first) = outcome.first.as_ref().filter(|_| outcome.report.applied > 0) {
+            if self.repaired == 0 {
+                info!(%first, "putting right what somebody else has changed in the kernel");
+            } else {
+                debug!(%first, "putting right what somebody else has changed in the kernel");
+            }
+            self.repaired += outcome.report.applied;
+        }
     }
 
     /// One peer came, went or changed: a line each for whoever looks closer,
@@ -153,18 +237,30 @@ impl Said {
     pub(super) fn in_sync(&mut self, outcome: &Outcome, leases: usize) {
         let (applied, skipped) = (outcome.report.applied, self.skipped.len());
         let peers = leases.saturating_sub(skipped);
+        let full = outcome.seen.is_some();
         match &outcome.first {
-            Some(first) => info!(applied, %first, peers, skipped, "host in sync"),
+            Some(first) if full || !self.in_sync => {
+                let after = outcome.after.as_deref().map(tracing::field::display);
+                info!(applied, %first, after, peers, skipped, "host in sync");
+            }
             None if !self.in_sync => info!(applied, peers, skipped, "host in sync"),
-            None => debug!(peers, skipped, "host still in sync"),
+            _ if full => debug!(peers, skipped, "host still in sync"),
+            _ => {}
+        }
+        self.in_sync = true;
+        self.trouble = None;
+        if !full {
+            return;
         }
         let (joined, left, changed) = (self.joined, self.left, self.changed);
         if joined + left + changed > 0 {
             info!(joined, left, changed, peers, "peers came, went or changed");
             (self.joined, self.left, self.changed) = (0, 0, 0);
         }
-        self.in_sync = true;
-        self.trouble = None;
+        let repaired = std::mem::take(&mut self.repaired);
+        if repaired > 1 {
+            info!(repaired, "objects of the kernel that somebody else had changed were put right");
+        }
     }
 
     pub(super) fn rules(&mut self, result: &Result<Ensured, HostError>, aspect: &Aspect) {
