@@ -5,7 +5,7 @@
 #     NET-2 eth0 192.0.2.2 ──┼── bridge "wire" 192.0.2.254, etcd      (namespace NET-wire)
 #     ...                    ┘
 #
-# Sourced by demo and lab. The caller sets two names before anything else:
+# Sourced by demo, lab and bench. The caller sets two names before anything else:
 #
 #     NET   prefix of the namespaces, nobody else's
 #     RUN   directory for files, sockets and logs; short, a socket's path ends at 107 bytes
