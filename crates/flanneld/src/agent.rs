@@ -18,7 +18,7 @@
 //! that is dropped there is lost.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use flannel_core::diff::Step;
 use flannel_core::firewall::{self, Ruleset, Wanted};
 use flannel_core::host::{Changes, Ensured, Failure, Firewall, HostError, Network};
 use flannel_core::keeper::LeaseKeeper;
-use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
+use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::state::LinkName;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
@@ -39,15 +39,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, warn};
 
 use crate::health::{Aspect, Status};
-use crate::lease::{acquire, delays};
+use crate::lease::delays;
 use crate::reconcile::{Outcome, Reconciler};
 use crate::subnet_file::SubnetFile;
 
 mod fight;
 mod said;
+mod tenancy;
 
 use fight::Fight;
 use said::Said;
@@ -348,184 +349,6 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
 
     fn needs(&mut self, need: Need) {
         self.need = self.need.max(need);
-    }
-
-    /// Compares what the store says of our own lease with what we hold, as
-    /// one compares the kernel with the plan: whatever event or snapshot
-    /// brought it, and also when it came while we were busy with the lease.
-    fn check_own(&mut self) {
-        if !self.listed || self.tenancy != Tenancy::Held {
-            return;
-        }
-        let ours = &self.parts.held.lease;
-        if *self.wanted.borrow() != ours.attrs {
-            info!(subnet = %ours.subnet, attrs = self.wanted.borrow().to_json(), "publishing where this host is now");
-            return self.publish("this host is not where its lease says");
-        }
-        let Some(published) = self.view.get(&ours.subnet) else {
-            return self.restore("our lease vanished from the store");
-        };
-        self.former_attrs.retain(|(_, until)| Instant::now() < *until);
-        if self.former_attrs.iter().any(|(former, _)| published.attrs == *former) {
-            // The store has not come to our last write yet.
-            return;
-        }
-        if published == *ours {
-            if std::mem::take(&mut self.disputed) {
-                self.parts.status.send_modify(|status| status.lease = Aspect::Good);
-            }
-        } else if published.attrs.public_ip != ours.attrs.public_ip {
-            self.restore("our lease was overwritten in the store");
-        } else if published.attrs == ours.attrs {
-            info!(subnet = %ours.subnet, tenure = ?published.tenure, "the tenure of our lease was changed in the store");
-            match published.tenure {
-                // Renewing gives the etcd lease back that nothing hangs on any more, and learns that there is no end.
-                Tenure::Reserved => {
-                    self.parts.held.lease.tenure = Tenure::Reserved;
-                    self.renew();
-                }
-                // Putting back takes over what stands there, with its end.
-                Tenure::Leased => self.restore("our lease is no reservation any more"),
-            }
-        } else if self.rewrites_left > 0 {
-            self.rewrites_left -= 1;
-            self.restore("our lease says what we did not write");
-        } else if !std::mem::replace(&mut self.disputed, true) {
-            let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
-            error!(
-                %published,
-                %ours, "somebody keeps writing to our lease: another agent with our public address?"
-            );
-            let pending = "somebody keeps writing other values to our lease".into();
-            self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
-        }
-    }
-
-    fn renew(&mut self) {
-        self.tenancy = Tenancy::Renewing;
-        let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
-        self.spawn(async move { Input::Renewed(store.renew(&held).await) });
-    }
-
-    fn take_renewal(&mut self, result: Result<Expiry, StoreError>) {
-        self.tenancy = Tenancy::Held;
-        match result {
-            Ok(expiry) => {
-                self.said.renewed(self.own(), expiry);
-                (self.rewrites_left, self.disputed) = (REWRITES, false);
-                self.keeper.renewed(expiry, now());
-                self.parts.status.send_modify(|status| status.lease = Aspect::Good);
-            }
-            Err(StoreError::Lost { .. }) => self.restore("our lease ran out in the store"),
-            Err(error) => {
-                self.said.renewal(self.own(), self.keeper.expiry(), &error);
-                self.keeper.failed(now());
-                if matches!(self.keeper.expiry(), Expiry::At(end) if end <= now()) {
-                    let pending = "our lease has run out and cannot be renewed".into();
-                    self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
-                }
-            }
-        }
-    }
-
-    fn restore(&mut self, why: &str) {
-        warn!(subnet = %self.own(), "{why}; putting it right");
-        self.publish(why);
-    }
-
-    /// Has our lease say what it should, whatever that is by the time it can be written.
-    fn publish(&mut self, why: &str) {
-        self.tenancy = Tenancy::Publishing;
-        let pending = format!("{why}; it is being put right");
-        self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
-        let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
-        let wanted = self.wanted.subscribe();
-        self.spawn(async move {
-            let (mut said, mut waits) = (None, delays());
-            loop {
-                let attrs = wanted.borrow().clone();
-                match store.publish(&held, &attrs).await {
-                    Ok(held) => return Input::Published(Ok(held)),
-                    Err(error @ StoreError::Lost { .. }) => return Input::Published(Err(error)),
-                    Err(error) => {
-                        if said.replace(error.trouble()) != Some(error.trouble()) {
-                            warn!(error = %chain(&error), "the lease cannot be put right yet; trying again");
-                        }
-                        tokio::time::sleep(waits.next().unwrap_or(LONGEST_WAIT)).await;
-                    }
-                }
-            }
-        });
-    }
-
-    fn take_published(&mut self, result: Result<HeldLease, StoreError>) {
-        let error = match result {
-            Ok(held) => {
-                let subnet = held.lease.subnet;
-                match held.lease.attrs == self.parts.held.lease.attrs {
-                    true => info!(%subnet, "the lease is as it should be again"),
-                    false => info!(%subnet, "published where this host is now"),
-                }
-                return self.hold(held);
-            }
-            Err(error) => error,
-        };
-        let (subnet, us) = (self.own(), self.parts.held.lease.attrs.public_ip);
-        error!(%subnet, us = %us.unwrap_or(Ipv4Addr::UNSPECIFIED), error = %chain(&error), "this subnet is not ours any more; taking another one");
-        let pending = format!("the lease on {subnet} is lost, another one is being taken");
-        self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
-        self.tenancy = Tenancy::Moving;
-        let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
-        let wanted = self.wanted.subscribe();
-        self.spawn(async move {
-            loop {
-                let attrs = wanted.borrow().clone();
-                // A config that is another one now needs a restart; until then we go by the one we have.
-                if let Ok(held) = acquire(&*store, &config, &attrs, None).await {
-                    return Input::Acquired(held);
-                }
-            }
-        });
-    }
-
-    fn hold(&mut self, held: HeldLease) {
-        let former = self.own();
-        self.tenancy = Tenancy::Held;
-        self.keeper = LeaseKeeper::new(self.parts.options.renew_margin, held.expiry, now());
-        // The store's own word of it may still be under way.
-        self.view.apply(LeaseEvent::Put(held.lease.clone()));
-        let moved = self.parts.held.lease.attrs != held.lease.attrs;
-        let former_attrs = std::mem::replace(&mut self.parts.held, held).lease.attrs;
-        if moved {
-            self.former_attrs.retain(|(attrs, _)| *attrs != self.parts.held.lease.attrs);
-            self.former_attrs.push_back((former_attrs, Instant::now() + ECHOES));
-            self.parts.reconciler.set_lease(self.parts.held.lease.clone());
-            self.needs(Need::Plan);
-        }
-        self.parts.status.send_modify(|status| status.lease = Aspect::Good);
-        if former != self.own() {
-            self.move_from(former);
-        }
-    }
-
-    /// Our subnet is another one now, and everything that follows from it.
-    fn move_from(&mut self, former: Subnet) {
-        warn!(
-            subnet = %self.own(), %former,
-            "this host has another subnet now: containers on the former one cannot be reached; \
-             `systemctl restart flanneld docker` moves docker's bridge"
-        );
-        self.parts.status.send_modify(|status| {
-            status.file = Aspect::Pending("the subnet file still names our former subnet".into());
-            status.rules = Aspect::Pending("the traffic rules are still for our former subnet".into());
-        });
-        self.parts.reconciler.set_lease(self.parts.held.lease.clone());
-        self.node_stands = false;
-        self.rules_seen = false;
-        self.file_due = Some(Instant::now());
-        self.former = Some(former);
-        self.rules.send_replace(ruleset(&self.parts));
-        self.needs(Need::Plan);
     }
 
     /// Whether a bridge is still on the subnet that we had to give up.
