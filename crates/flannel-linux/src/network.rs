@@ -13,6 +13,7 @@ use flannel_core::host::{Changes, Failure, HostError, Network, Observed};
 use flannel_core::state::{
     HostState, Link, LinkKind, LinkName, Nexthop, NexthopId, Object, Route, RouteKey, Vxlan,
 };
+use flannel_core::underlay::Facts;
 use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use tracing::{debug, info};
@@ -101,7 +102,7 @@ fn observe(kernel: &mut Kernel, claim: &Claim, can_reach: Option<IpAddr>) -> Res
     // What happens to a device happens to the routes by it, of which the kernel does not always tell.
     kernel.monitor.use_only(state.routes.values().map(|route| route.link).collect());
     kernel.monitor.know(links);
-    Ok(Observed { state, facts: flannel_core::underlay::Facts { nexthop_objects, ..facts } })
+    Ok(Observed { state, facts: Facts { nexthop_objects, ..facts } })
 }
 
 /// A device of ours and what stands on it; whether there are nexthop objects at all.

@@ -342,7 +342,7 @@ impl<N: Network> Reconciler<N> {
         let mut touched = BTreeSet::new();
         for (key, is) in objects {
             if let (Key::Nexthop(id), None) = (key, &is) {
-                // The kernel has taken the routes through it away too, without a word.
+                // Routes that led through it lead elsewhere now, or are gone, and of those nobody tells.
                 let gateway = id.gateway();
                 let bits = |bits| IpNetwork::new(gateway, bits).map(RouteKey::to);
                 if let (Ok(from), Ok(to)) = (bits(0), bits(32)) {

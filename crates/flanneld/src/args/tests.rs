@@ -213,3 +213,20 @@ fn help_and_version_are_printed() {
         assert!(text.contains(expected), "{text}");
     }
 }
+
+#[test]
+fn a_route_mode_is_one_of_three_words() {
+    for (word, mode) in
+        [("auto", RouteMode::Auto), ("Plain", RouteMode::Plain), ("nexthop", RouteMode::Nexthop)]
+    {
+        let Ok(Request::Run(settings)) = Request::read([format!("--route-mode={word}").into()], |_| None)
+        else {
+            panic!("{word} is refused");
+        };
+        assert_eq!(settings.route_mode, mode);
+    }
+
+    let mistakes = read(&["--route-mode=fast"], &[]).unwrap_err();
+
+    assert_eq!(mistakes, [r#"--route-mode is "fast": must be auto, plain or nexthop"#]);
+}
