@@ -145,7 +145,7 @@ start_agent() {
     local host=$1 directory
     directory=$(host_dir "$host")
     shift
-    start "$host" "$directory/flanneld.log" "$FLANNELD" \
+    start "$host" "$directory/flanneld.log" env FLANNELD_STATE_DIR="$directory/state" "$FLANNELD" \
         --etcd-endpoints="$ETCD" --etcd-prefix="$ETCD_PREFIX" --iface=eth0 --ip-masq \
         --subnet-file="$directory/subnet.env" --healthz-ip=127.0.0.1 --healthz-port=$HEALTH_PORT "$@"
     echo "$STARTED" >"$directory/flanneld.pid"

@@ -10,15 +10,17 @@ use flannel_core::diff::Step;
 use flannel_core::firewall::Wanted;
 use flannel_core::host::Changes;
 use flannel_core::lease::{Expiry, HeldLease, Lease, Tenure};
+use flannel_core::memory::Memory;
 use flannel_core::state::{Key, RouteKey};
 use flannel_core::store::{LeaseEvent, Unreadable};
 use flannel_core::underlay::{Interface, InterfaceAddress, Selection};
 use flannel_tests::build::{self, peer, subnet};
 use flannel_tests::fake_network::{FakeFirewall, FakeNetwork};
 use flannel_tests::memory_store::{MemoryStore, TERM};
-use flanneld::agent::{Agent, Options, Parts};
+use flanneld::agent::{Agent, Ended, Options, Parts};
 use flanneld::health::{Aspect, Status};
 use flanneld::reconcile::Reconciler;
+use flanneld::state_dir::StateDir;
 use flanneld::subnet_file::SubnetFile;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -36,7 +38,7 @@ struct Host {
     directory: tempfile::TempDir,
     announced: Arc<AtomicUsize>,
     stop: CancellationToken,
-    agent: JoinHandle<()>,
+    agent: JoinHandle<Ended>,
 }
 
 impl Host {
@@ -45,13 +47,35 @@ impl Host {
     }
 
     fn start_holding(store: MemoryStore, network: FakeNetwork, firewall: FakeFirewall, own: Lease) -> Self {
+        Self::start_guarded(store, network, firewall, own, MINUTE)
+    }
+
+    fn start_guarded(
+        store: MemoryStore,
+        network: FakeNetwork,
+        firewall: FakeFirewall,
+        own: Lease,
+        removal_grace: Duration,
+    ) -> Self {
+        store.inner().leases.insert(own.subnet, own.clone());
+        Self::start_with(store, network, firewall, own, removal_grace, None)
+    }
+
+    /// With `recalled`, the agent begins with what it remembers.
+    fn start_with(
+        store: MemoryStore,
+        network: FakeNetwork,
+        firewall: FakeFirewall,
+        own: Lease,
+        removal_grace: Duration,
+        recalled: Option<Vec<Lease>>,
+    ) -> Self {
         let config = build::config(build::VXLAN);
         let (planner, claim) = build::planner(&config);
         let directory = tempfile::tempdir().unwrap();
         let (status, seen) = watch::channel(Status::default());
         let announced = Arc::new(AtomicUsize::new(0));
         let count = announced.clone();
-        store.inner().leases.insert(own.subnet, own.clone());
         let expiry = match own.tenure {
             Tenure::Leased => Expiry::At((Instant::now() + TERM).into_std()),
             Tenure::Reserved => Expiry::Never,
@@ -68,11 +92,14 @@ impl Host {
                 rules_interval: Duration::from_secs(5),
                 audit_interval: MINUTE,
                 renew_margin: 60 * MINUTE,
+                removal_grace,
             },
             status,
             on_ready: Some(Box::new(move || {
                 count.fetch_add(1, Ordering::SeqCst);
             })),
+            state: Some(StateDir::new(directory.path().join("state"), "/net")),
+            recalled,
         };
         let stop = CancellationToken::new();
         let agent = tokio::spawn(Agent::new(parts, firewall.clone()).run(stop.clone()));
@@ -85,6 +112,34 @@ impl Host {
         let mut host = Self::start(store, FakeNetwork::default(), FakeFirewall::default());
         host.ready().await;
         host
+    }
+
+    /// A host in sync with the peers 2 to 51, that holds those that vanish for so long.
+    async fn among_fifty(removal_grace: Duration) -> Self {
+        let store = MemoryStore::holding(fifty().map(|number| peer(number, number, number)));
+        let (network, firewall) = (FakeNetwork::default(), FakeFirewall::default());
+        let mut host = Self::start_guarded(store, network, firewall, peer(1, 1, 1), removal_grace);
+        host.ready().await;
+        host.taken();
+        host
+    }
+
+    /// Waits until the status has a flaw with these words, or none if there are none.
+    async fn until_flawed(&mut self, words: &str) {
+        let is_so = |status: &Status| {
+            let flaws = status.flaws().join("; ");
+            if words.is_empty() { flaws.is_empty() } else { flaws.contains(words) }
+        };
+        self.status.wait_for(is_so).await.unwrap();
+    }
+
+    /// How many peers have a route.
+    fn routes(&self) -> usize {
+        self.network.kernel().state.routes.len()
+    }
+
+    async fn until_routes(&self, number: usize) {
+        self.network.until(|kernel| kernel.state.routes.len() == number).await;
     }
 
     async fn ready(&mut self) {
@@ -100,6 +155,11 @@ impl Host {
         std::fs::read_to_string(self.directory.path().join("flannel/subnet.env")).ok()
     }
 
+    /// What the agent has written down.
+    fn remembered(&self) -> Option<Memory> {
+        StateDir::new(self.directory.path().join("state"), "/net").recall()
+    }
+
     fn holds(&self, words: &str) -> bool {
         self.network.printed().contains(words)
     }
@@ -111,6 +171,10 @@ impl Host {
     fn taken(&self) -> Vec<Step> {
         std::mem::take(&mut self.network.kernel().taken)
     }
+}
+
+fn fifty() -> std::ops::RangeInclusive<u8> {
+    2..=51
 }
 
 #[tokio::test(start_paused = true)]
@@ -526,6 +590,202 @@ async fn rules_that_somebody_took_away_come_back_with_the_next_check() {
     assert!(inner.rules.is_some() && inner.writes == 2);
 }
 
+// A store that says that everybody is gone.
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_range_takes_nothing_from_the_kernel_and_our_own_key_is_back_at_once() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    let began = Instant::now();
+
+    host.store.remove_all();
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    host.until_flawed("holding 50 peers that vanished from etcd at once").await;
+    host.ready().await;
+
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    tokio::time::sleep(MINUTE - Duration::from_secs(1)).await;
+    assert_eq!((host.taken(), host.routes()), (vec![], 50));
+
+    // One after the other, whoever is still there puts its own key back.
+    fifty().for_each(|number| host.store.put(peer(number, number, number)));
+    host.until_flawed("").await;
+    tokio::time::sleep(5 * MINUTE).await;
+    assert_eq!(host.taken(), []);
+    assert_eq!(host.store.inner().lists, 0, "there is nothing to ask about any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_without_anybody_takes_nothing_from_the_kernel_and_one_with_all_ends_it() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    let leases = std::mem::take(&mut host.store.inner().leases);
+
+    host.store.relist();
+    host.until_flawed("holding 50 peers").await;
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    host.store.relist();
+    host.store.inner().leases.extend(leases);
+    host.store.relist();
+    host.until_flawed("").await;
+    tokio::time::sleep(5 * MINUTE).await;
+
+    assert_eq!((host.taken(), host.routes()), (vec![], 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_whom_a_list_after_the_grace_still_lacks_go_in_one_pass() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    host.store.remove_all();
+    host.until_flawed("holding 50 peers").await;
+    for number in [7, 8] {
+        host.store.put(peer(number, number, number));
+    }
+    host.until_flawed("holding 48 peers").await;
+    let (began, looks) = (Instant::now(), host.network.kernel().observed);
+
+    host.until_routes(2).await;
+
+    let waited = began.elapsed();
+    assert!(MINUTE <= waited && waited < MINUTE + Duration::from_secs(1), "{waited:?}");
+    host.until_flawed("").await;
+    // The audit is due at that moment too.
+    assert!((1..=2).contains(&(host.network.kernel().observed - looks)));
+    assert!(host.holds("route 10.5.7.0/24") && host.holds("route 10.5.8.0/24"));
+    assert!(host.store.inner().leases.contains_key(&subnet(1)));
+    assert_eq!(host.store.inner().lists, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_the_store_does_not_answer_they_are_held_on() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    host.store.remove_all();
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    host.store.inner().away = true;
+
+    host.until_flawed("it cannot be asked whether they are gone: no answer from memory").await;
+    let lists = host.store.inner().lists;
+    tokio::time::sleep(60 * MINUTE).await;
+
+    assert_eq!((host.taken(), host.routes()), (vec![], 50));
+    let lists = host.store.inner().lists - lists;
+    assert!((700..3000).contains(&lists), "asked {lists} times in an hour");
+    host.store.inner().away = false;
+    host.until_routes(0).await;
+    host.until_flawed("").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whom_the_list_has_is_held_until_the_watch_says_so_too() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    let leases = host.store.inner().leases.clone();
+    host.store.remove_all();
+    host.until_flawed("holding 50 peers").await;
+    // They are back, and the watch is behind.
+    host.store.inner().leases = leases;
+
+    tokio::time::sleep(10 * MINUTE).await;
+
+    assert_eq!((host.taken(), host.routes()), (vec![], 50));
+    assert!((9..=10).contains(&host.store.inner().lists), "{}", host.store.inner().lists);
+    host.store.relist();
+    host.until_flawed("").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_few_that_vanish_at_once_go_at_once() {
+    let host = Host::among_fifty(MINUTE).await;
+    let began = Instant::now();
+
+    host.store.remove_together([subnet(2), subnet(3), subnet(4)]);
+    host.until_routes(47).await;
+
+    assert_eq!(began.elapsed(), Duration::ZERO);
+    assert_eq!(host.status.borrow().flaws(), Vec::<&str>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_grace_everybody_goes_at_once() {
+    let host = Host::among_fifty(Duration::ZERO).await;
+    let began = Instant::now();
+
+    host.store.remove_all();
+    host.until_routes(0).await;
+
+    assert_eq!(began.elapsed(), Duration::ZERO);
+    assert_eq!(host.store.inner().lists, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_who_are_held_are_kept_in_step_like_everybody() {
+    let mut host = Host::among_fifty(60 * MINUTE).await;
+    let before = host.network.printed();
+    host.store.remove_all();
+    host.until_flawed("holding 50 peers").await;
+
+    // Somebody deletes a route, and the kernel tells of it; then without a word; then the device.
+    host.network.meddle(Key::Route(RouteKey::to("10.5.2.0/24".parse().unwrap())), None);
+    host.until_routes(50).await;
+    host.network.kernel().state.routes.pop_first();
+    host.until_routes(50).await;
+    host.network.kernel().state.drop_link(build::link("flannel.1"));
+    host.until_routes(50).await;
+    assert_eq!(host.network.printed(), before);
+
+    // A peer joins, another one leaves by itself, and the history is compacted.
+    host.store.put(peer(100, 100, 100));
+    host.until_routes(51).await;
+    host.store.relist();
+    host.store.remove(subnet(100));
+    host.until_routes(50).await;
+    tokio::time::sleep(10 * MINUTE).await;
+    assert_eq!(host.network.printed(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_host_that_comes_back_with_another_subnet_is_reached_there_at_once() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    host.store.remove_all();
+    host.until_flawed("holding 50 peers").await;
+
+    host.store.put(peer(100, 2, 2));
+    host.until_holding("route 10.5.100.0/24").await;
+
+    assert!(!host.holds("route 10.5.2.0/24"));
+    host.until_flawed("holding 49 peers").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_subnet_that_becomes_ours_is_ours_for_good() {
+    let mut host = Host::among_fifty(MINUTE).await;
+    host.store.remove_together(fifty().map(subnet));
+    host.until_flawed("holding 50 peers").await;
+
+    // Somebody else has ours now, and this store gives out the lowest that is free; nobody tells us that it did.
+    host.store.put(peer(1, 99, 99));
+    host.store.fall_silent();
+    host.until_holding("address 10.5.2.0/32").await;
+    host.until_flawed("holding 49 peers").await;
+    host.until_routes(1).await;
+    tokio::time::sleep(5 * MINUTE).await;
+
+    assert!(host.holds("address 10.5.2.0/32") && host.holds("route 10.5.1.0/24"));
+    assert_eq!(host.store.inner().leases[&subnet(2)].attrs.public_ip, peer(1, 1, 1).attrs.public_ip);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_cannot_be_watched_is_told_of_and_leaves_the_host_ready() {
+    for back in [LeaseEvent::Resumed, LeaseEvent::Put(peer(4, 4, 4))] {
+        let mut host = Host::in_sync().await;
+
+        host.store.fail_watches();
+        host.until_flawed("etcd: no answer from memory").await;
+        assert_eq!(host.status.borrow().pending(), Vec::<&str>::new());
+        assert!(host.status.borrow().flaws()[0].ends_with("; the kernel stays as it is"));
+        host.store.tell(back);
+
+        host.until_flawed("").await;
+    }
+}
+
 // What the kernel tells.
 
 #[tokio::test(start_paused = true)]
@@ -774,4 +1034,120 @@ async fn one_refused_peer_among_many_is_told_and_leaves_the_host_ready() {
     host.network.refuse_nothing();
     host.status.wait_for(|status| status.flaws().is_empty()).await.unwrap();
     assert!(host.holds("route 10.5.4.0/24"));
+}
+
+/// How many peers it remembers, once it is at least so many.
+async fn until_remembered(host: &Host, peers: usize) -> Memory {
+    loop {
+        if let Some(memory) = host.remembered().filter(|memory| memory.peers.len() >= peers) {
+            return memory;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_known_of_the_cluster_is_written_down() {
+    let host = Host::in_sync().await;
+
+    let memory = until_remembered(&host, 2).await;
+
+    assert_eq!((memory.own, memory.handle), (peer(1, 1, 1), 7));
+    assert_eq!(memory.peers, [peer(2, 2, 2), peer(3, 3, 3)]);
+    assert_eq!(&*memory.config, build::VXLAN);
+    assert!(memory.expires.unwrap() - memory.written > 86_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_changes_all_the_time_is_written_down_now_and_then() {
+    let host = Host::in_sync().await;
+    until_remembered(&host, 2).await;
+    let mut writes = 0;
+    let mut last = host.remembered();
+
+    for round in 0..600 {
+        host.store.put(peer(9, 9, u8::try_from(round % 200 + 2).unwrap()));
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let now = host.remembered();
+        writes += usize::from(now != last);
+        last = now;
+    }
+
+    assert!((5..=11).contains(&writes), "{writes} writes in 5 minutes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_writes_down_what_is_not_written_yet() {
+    let host = Host::in_sync().await;
+    until_remembered(&host, 2).await;
+    host.store.put(peer(4, 4, 4));
+    host.until_holding("route 10.5.4.0/24").await;
+    assert_eq!(host.remembered().unwrap().peers.len(), 2);
+
+    host.stop.cancel();
+    let Host { agent, directory, .. } = host;
+
+    assert_eq!(agent.await.unwrap(), Ended::Stopped);
+    let state = StateDir::new(directory.path().join("state"), "/net");
+    assert_eq!(state.recall().unwrap().peers.len(), 3);
+}
+
+/// A host that boots while the store is away and remembers the peers 2 and 3.
+fn booted(store: &MemoryStore) -> Host {
+    store.inner().away = true;
+    let recalled = Some(vec![peer(2, 2, 2), peer(3, 3, 3)]);
+    let (network, firewall) = (FakeNetwork::default(), FakeFirewall::default());
+    Host::start_with(store.clone(), network, firewall, peer(1, 1, 1), MINUTE, recalled)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_remembered_is_gone_by_until_the_store_answers() {
+    let store = MemoryStore::holding([peer(1, 1, 1), peer(3, 3, 9)]);
+    let mut host = booted(&store);
+
+    host.until_holding("route 10.5.3.0/24").await;
+    let file = async {
+        while host.file().is_none() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    tokio::time::timeout(MINUTE, file).await.unwrap();
+    assert!(host.holds("route 10.5.2.0/24"));
+    let pending = host.status.borrow().pending().join("; ");
+    assert!(pending.contains("going by what this host remembers"), "{pending}");
+
+    host.store.inner().away = false;
+    host.store.relist();
+    host.ready().await;
+    host.until_holding("dst 192.168.0.9").await;
+    assert!(!host.holds("route 10.5.2.0/24"));
+    assert_eq!(host.store.inner().writes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_remembered_subnet_that_went_to_somebody_else_is_left() {
+    let store = MemoryStore::holding([peer(1, 7, 7)]);
+    let mut host = booted(&store);
+    host.until_holding("route 10.5.3.0/24").await;
+
+    host.store.inner().away = false;
+    host.store.relist();
+
+    host.ready().await;
+    assert!(host.file().unwrap().contains("FLANNEL_SUBNET=10.5.2.1/24"), "{:?}", host.file());
+    assert!(host.holds("route 10.5.1.0/24"));
+    assert_eq!(host.store.inner().leases[&subnet(1)], peer(1, 7, 7));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_another_host_took_over_is_left() {
+    let mut host = Host::in_sync().await;
+    host.store.inner().leases.insert(subnet(1), peer(1, 7, 7));
+
+    host.store.take_over(subnet(1), "host-b");
+
+    host.until_holding("address 10.5.4.0/32").await;
+    host.ready().await;
+    assert!(host.file().unwrap().contains("FLANNEL_SUBNET=10.5.4.1/24"), "{:?}", host.file());
+    assert_eq!(host.store.inner().leases[&subnet(1)], peer(1, 7, 7));
 }

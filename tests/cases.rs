@@ -83,7 +83,7 @@ fn planned(case: &Path) -> String {
     let own = Lease { subnet: parse_subnet_key("10.5.1.0-24").unwrap(), attrs, tenure: Tenure::Leased };
     let mut view = LeaseView::default();
     view.apply(LeaseEvent::Snapshot(snapshot));
-    let node = Node { networks: config.networks().collect(), underlay, lease: own, mtu: None };
+    let node = Node { pools: config.pools().copied().collect(), underlay, lease: own, mtu: None };
     writeln!(text, "mtu {}", backend.mtu(&node)).unwrap();
     let plan = Planner::new(backend, node, mode).plan(&view);
     write!(text, "{}", plan.desired).unwrap();
@@ -101,12 +101,17 @@ fn underlay(node: &Value) -> Underlay {
         gateway: route["via"].as_str().map(|via| via.parse().unwrap()),
         link: Some(link(route["dev"].as_str().unwrap_or("eth0"))),
     };
+    let networks = match node["networks"].as_array() {
+        Some(networks) => networks.iter().map(|network| network.as_str().unwrap().parse().unwrap()).collect(),
+        None => vec!["192.168.0.0/24".parse().unwrap()],
+    };
     Underlay {
         link: link("eth0"),
         mtu: node["mtu"].as_u64().unwrap_or(1500).try_into().unwrap(),
         address: address.parse().unwrap(),
         public_ip: text("public_ip").unwrap_or(address).parse().unwrap(),
         public_ipv6: None,
+        networks,
         routes: node["routes"]
             .as_array()
             .map(|routes| routes.iter().map(route).collect())

@@ -335,6 +335,54 @@ fn what_a_peer_left_behind_while_we_were_away_goes_and_foreign_things_stay() {
 }
 
 #[test]
+fn a_deleted_range_takes_no_route_and_our_own_key_is_back_within_two_seconds() {
+    let lab = Lab::new(1);
+    lab.put_config(PREFIX, VXLAN);
+    let put = |number: u32| {
+        let value = format!(
+            r#"{{"PublicIP":"192.168.77.10{number}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"0e:00:00:00:00:0{number}"}}}}"#
+        );
+        lab.etcdctl(&["put", &format!("{PREFIX}/subnets/10.5.{number}.0-24"), &value]);
+    };
+    (1..=8).for_each(put);
+    let host = lab.host(1);
+    let agent = host.agent(&["--removal-grace=8", "--healthz-port=8471"]);
+    let own = format!("{PREFIX}/subnets/{}.0-24", host.subnet());
+    until("all peers have a route", || host.routes() == 8);
+    let kernel = || [host.run(&["ip", "route"]), host.run(&["ip", "neigh", "show", "dev", "flannel.1"])];
+    let before = kernel();
+    let value = lab.leases(PREFIX).into_iter().find(|(key, _)| *key == own).unwrap().1;
+
+    let start = Instant::now();
+    lab.etcdctl(&["del", "--prefix", &format!("{PREFIX}/subnets/")]);
+    until("our own key is back", || !lab.leases(PREFIX).is_empty());
+    let back = start.elapsed();
+    until("the page says so", || host.page(8471, "/readyz").1.contains("holding 8 peers that vanished"));
+    put(8);
+
+    assert!(back < Duration::from_secs(2), "{back:?}");
+    assert!(lab.leases(PREFIX).contains(&(own, value)));
+    assert_eq!(kernel(), before);
+    until("the page says so", || {
+        let (code, body) = host.page(8471, "/readyz");
+        code == 200 && body.starts_with("flanneld is ready\nholding 7 peers that vanished from etcd at once")
+    });
+    assert!(start.elapsed() < Duration::from_secs(8), "this machine is too slow for this test");
+
+    until("those who are still gone are believed gone", || host.routes() == 1);
+    let held = start.elapsed();
+    assert!(held >= Duration::from_secs(8) && held < Duration::from_secs(12), "{held:?}");
+    assert!(host.run(&["ip", "route"]).contains("10.5.8.0/24 via 10.5.8.0 dev flannel.1"));
+    until("the page says no more of it", || host.page(8471, "/readyz") == (200, "flanneld is ready".into()));
+    let log = agent.log();
+    for words in
+        ["many peers vanished from the store at once", "still lacks these peers", "no peer is held any more"]
+    {
+        assert_eq!(log.matches(words).count(), 1, "{words} in {log}");
+    }
+}
+
+#[test]
 fn a_signal_ends_it_at_once_with_success_and_leaves_everything() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut pair = Pair::new(VXLAN, &[]);
@@ -407,13 +455,14 @@ fn readiness_is_told_by_page_and_to_systemd() {
         .arg(format!("--etcd-endpoints={}", lab::ETCD))
         .arg(format!("--subnet-file={}", host.subnet_file().display()));
     command.arg("--healthz-port=8471").env("NOTIFY_SOCKET", &socket);
+    command.arg(format!("--state-dir={}", host.state_dir().display()));
     let agent = Process::start(command, host.directory.join("agent.log"));
     agent.until_logged("no network config");
 
     assert_eq!(host.page(8471, "/healthz"), (200, "flanneld is running".into()));
     let (code, body) = host.page(8471, "/readyz");
     assert_eq!((code, body.lines().next()), (503, Some("flanneld is not ready yet")), "{body}");
-    assert!(body.contains("no lease yet"), "{body}");
+    assert!(body.contains("waiting for a network config: no network config at"), "{body}");
     assert_eq!(host.page(8471, "/other").0, 404);
 
     lab.put_config(PREFIX, VXLAN);
@@ -594,4 +643,107 @@ fn an_interface_that_is_not_there_ends_the_start_with_the_candidates() {
     assert!(log.contains("--iface eth7: there is no such interface"), "{log}");
     assert!(log.contains("eth0 (192.168.77.1/24"), "{log}");
     assert_eq!(lab.leases(PREFIX), []);
+}
+
+/// Takes from a host what a reboot takes.
+fn reboot(host: &Host) {
+    fs::remove_file(host.subnet_file()).unwrap();
+    host.run(&["ip", "link", "del", "flannel.1"]);
+}
+
+/// Three hosts whose leases everybody remembers.
+fn remembered(lab: &Lab) -> Vec<Process> {
+    lab.put_config(PREFIX, VXLAN);
+    let agents: Vec<Process> = (1..=3).map(|host| lab.host(host).agent(&["--healthz-port=8471"])).collect();
+    for host in 1..=3 {
+        lab.host(host).subnet();
+        until("the hosts have routes", || lab.host(host).routes() == 2);
+    }
+    agents
+}
+
+#[test]
+fn a_host_that_boots_while_etcd_is_away_has_its_subnet_and_peers_in_two_seconds() {
+    let mut lab = Lab::new(3);
+    let mut agents = remembered(&lab);
+    let host = lab.host(1);
+    let (ours, theirs) = (host.subnet(), lab.host(2).subnet());
+    host.bridge(&ours);
+    lab.host(2).bridge(&theirs);
+    let mac = host.run(&["cat", "/sys/class/net/flannel.1/address"]);
+    agents[0].signal(Signal::SIGTERM);
+    agents[0].ended();
+    lab.etcd = None;
+    reboot(&host);
+
+    let start = Instant::now();
+    agents[0] = host.agent(&["--healthz-port=8471"]);
+    assert_eq!(host.subnet(), ours);
+    until("the peers are there", || host.routes() == 2);
+    let took = start.elapsed();
+
+    say(&format!("boot without etcd: subnet.env and 2 peers after {took:?}"));
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(host.run(&["cat", "/sys/class/net/flannel.1/address"]), mac);
+    let (lost, ping) = host.ping(&ours, &theirs, 10, &[]).lost();
+    assert_eq!(lost, 0, "{ping}");
+    let (code, page) = host.page(8471, "/readyz");
+    assert!(code == 503 && page.contains("going by what this host remembers"), "{code} {page}");
+
+    // A peer that went meanwhile: the truth wins.
+    agents[2].kill();
+    let ping = host.ping(&ours, &theirs, 300, &[]);
+    lab.start_etcd();
+    let gone = lab.host(3).subnet();
+    lab.etcdctl(&["del", &format!("{PREFIX}/subnets/{gone}.0-24")]);
+    until("the host is ready", || host.page(8471, "/readyz").0 == 200);
+    until("the peer that went is gone", || host.routes() == 1);
+    let (lost, ping) = ping.lost();
+    assert_eq!(lost, 0, "{ping}");
+    assert_eq!(lab.leases(PREFIX).len(), 2);
+    assert_eq!(host.subnet(), ours);
+}
+
+#[test]
+fn a_config_that_changed_while_etcd_was_away_is_followed_when_it_answers() {
+    let mut lab = Lab::new(3);
+    let mut agents = remembered(&lab);
+    let host = lab.host(1);
+    // They are killed, so what they remember is what they wrote while they ran.
+    until("the state is written", || host.state_dir().join("coreos.com-network.state").exists());
+    agents.iter_mut().for_each(Process::kill);
+    lab.put_config(PREFIX, r#"{"Network":"10.6.0.0/16","Backend":{"Type":"vxlan"}}"#);
+    lab.etcd = None;
+    reboot(&host);
+    agents[0] = host.agent(&["--healthz-port=8471"]);
+    host.subnet();
+
+    lab.start_etcd();
+
+    until("the host is in the other network", || {
+        fs::read_to_string(host.subnet_file()).unwrap().contains("FLANNEL_SUBNET=10.6.")
+    });
+    until("the host is ready", || host.page(8471, "/readyz").0 == 200);
+}
+
+#[test]
+fn a_state_file_that_cannot_be_believed_is_set_aside_with_a_word() {
+    let mut lab = Lab::new(3);
+    let mut agents = remembered(&lab);
+    let host = lab.host(1);
+    agents[0].signal(Signal::SIGTERM);
+    agents[0].ended();
+    let file = host.state_dir().join("coreos.com-network.state");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, &text[..text.len() - 1]).unwrap();
+    lab.etcd = None;
+    reboot(&host);
+
+    agents[0] = host.agent(&[]);
+    agents[0].until_logged("waiting for a network config");
+
+    assert!(agents[0].log().contains("its checksum is wrong"), "{}", agents[0].log());
+    assert!(!host.subnet_file().exists());
+    lab.start_etcd();
+    host.subnet();
 }

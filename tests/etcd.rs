@@ -12,121 +12,13 @@ use flannel_core::network::NetworkConfig;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, Snapshot, StoreError};
 use flannel_core::view::LeaseView;
 use flannel_etcd::{EtcdStore, EtcdWatch, Settings};
-use flannel_tests::etcd::{Certificates, Etcd, Kind, PREFIX, Raw, Stored, Wire, black_hole, nobody};
+use flannel_tests::etcd::{Etcd, Kind, PREFIX, Raw, Stored, Wire, black_hole, nobody};
+use flannel_tests::leases::{
+    DAY, MOVED, address, at, config, config_of, host, host_with_mac, key, key_of, next, next_after_errors,
+    nowhere, plain_store, put_lease, put_subnet, snapshot, store, subnet,
+};
+use flannel_tests::{certificates_or_pass, etcd_or_pass};
 use tokio::time::{Instant, sleep, timeout};
-
-const DAY: i64 = 86_400;
-
-/// How soon the store must have left an endpoint that does not answer.
-const MOVED: Duration = Duration::from_secs(15);
-
-macro_rules! etcd_or_pass {
-    () => {
-        match Etcd::start().await {
-            Some(etcd) => etcd,
-            None => return,
-        }
-    };
-    ($kind:expr) => {
-        match Etcd::start_as($kind).await {
-            Some(etcd) => etcd,
-            None => return,
-        }
-    };
-}
-
-async fn store(settings: &Settings) -> EtcdStore {
-    EtcdStore::connect(settings).await.unwrap_or_else(|error| panic!("{error}"))
-}
-
-async fn plain_store(etcd: &Etcd) -> EtcdStore {
-    store(&etcd.settings()).await
-}
-
-fn at(endpoints: &[&str]) -> Settings {
-    let endpoints = endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect();
-    Settings { endpoints, prefix: PREFIX.into(), ..Settings::default() }
-}
-
-/// A subnet that no test leases.
-fn nowhere() -> Subnet {
-    Subnet::V4("192.0.2.0/24".parse().unwrap())
-}
-
-fn config() -> NetworkConfig {
-    NetworkConfig::parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap()
-}
-
-/// So many subnets, from 10.5.1.0/24 on.
-fn config_of(subnets: u8) -> NetworkConfig {
-    let text =
-        format!(r#"{{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.{subnets}.0"}}"#);
-    NetworkConfig::parse(&text).unwrap()
-}
-
-fn host(number: u8) -> LeaseAttrs {
-    host_with_mac(number, "36:8a:ca:4c:79:ec")
-}
-
-fn host_with_mac(number: u8, mac: &str) -> LeaseAttrs {
-    let text = format!(
-        r#"{{"PublicIP":"192.168.0.{number}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
-    );
-    LeaseAttrs::from_json(&text).unwrap()
-}
-
-fn address(number: u8) -> Ipv4Addr {
-    Ipv4Addr::new(192, 168, 0, number)
-}
-
-fn subnet(third: u8) -> Subnet {
-    Subnet::V4(format!("10.5.{third}.0/24").parse().unwrap())
-}
-
-fn key(third: u8) -> String {
-    format!("{PREFIX}/subnets/10.5.{third}.0-24")
-}
-
-fn key_of(held: &HeldLease) -> String {
-    format!("{PREFIX}/subnets/{}", flannel_core::key::subnet_key(&held.lease.subnet))
-}
-
-async fn next(watch: &mut EtcdWatch) -> LeaseEvent {
-    let event = timeout(Duration::from_secs(60), watch.next()).await.expect("the watch has something to say");
-    event.unwrap_or_else(|error| panic!("{}", chain(&error)))
-}
-
-/// The next event, whatever errors come before it.
-async fn next_after_errors(watch: &mut EtcdWatch) -> LeaseEvent {
-    let event = async {
-        loop {
-            if let Ok(event) = watch.next().await {
-                return event;
-            }
-        }
-    };
-    timeout(Duration::from_secs(60), event).await.expect("the watch has something to say")
-}
-
-async fn snapshot(watch: &mut EtcdWatch) -> Snapshot {
-    match next(watch).await {
-        LeaseEvent::Snapshot(snapshot) => snapshot,
-        other => panic!("{other:?} is no snapshot"),
-    }
-}
-
-async fn put_subnet(watch: &mut EtcdWatch) -> Subnet {
-    match next_after_errors(watch).await {
-        LeaseEvent::Put(lease) => lease.subnet,
-        other => panic!("{other:?} is no put"),
-    }
-}
-
-async fn put_lease(raw: &Raw, third: u8, attrs: &LeaseAttrs, ttl: i64) -> i64 {
-    let lease = raw.grant(ttl).await;
-    raw.put(&key(third), &attrs.to_json(), lease).await;
-    lease
-}
 
 // ── what is written ─────────────────────────────────────────────────────────
 
@@ -460,7 +352,10 @@ async fn a_subnet_that_another_host_took_is_lost_to_it_and_left_alone() {
     for error in
         [store.renew(&held).await.unwrap_err(), store.publish(&held, &held.lease.attrs).await.unwrap_err()]
     {
-        assert!(matches!(error, StoreError::Lost { holder, .. } if holder == Some(address(2))), "{error:?}");
+        assert!(
+            matches!(&error, StoreError::Lost { holder, .. } if *holder == Some(address(2).to_string())),
+            "{error:?}"
+        );
     }
 
     assert_eq!(raw.get(&key(7)).await, before);
@@ -550,6 +445,7 @@ async fn a_watch_tells_what_appears_changes_goes_and_cannot_be_read() {
                 format!("put {} {:?} {:?}", lease.subnet, lease.attrs.public_ip.unwrap(), lease.tenure)
             }
             LeaseEvent::Unreadable(key) => format!("unreadable {} {}", key.key, key.subnet.is_some()),
+            other @ (LeaseEvent::RemovedTogether(_) | LeaseEvent::Resumed) => panic!("{other:?}"),
             LeaseEvent::Removed(subnet) => format!("removed {subnet}"),
             LeaseEvent::Snapshot(_) => "snapshot".into(),
         });
@@ -727,6 +623,93 @@ async fn a_wiped_etcd_brings_a_snapshot() {
     assert_eq!(event, LeaseEvent::Snapshot(Snapshot::default()));
 }
 
+/// A watch that has seen keys 1 and 2, then a backup, then what `since` does,
+/// which `seen` tells; and all that is undone by going back to the backup. By the
+/// time the watch is let back, the revision is further on than it was.
+async fn restored(
+    since: impl AsyncFnOnce(&Raw) -> i64,
+    seen: impl FnOnce(&LeaseEvent) -> bool,
+) -> Option<(Etcd, Wire, EtcdWatch)> {
+    let mut etcd = Etcd::start().await?;
+    let wire = Wire::to(&etcd).await;
+    let raw = etcd.raw().await;
+    let mut watch = store(&at(&[&wire.endpoint()])).await.watch();
+    snapshot(&mut watch).await;
+    for third in 1..=2 {
+        raw.put(&key(third), &host(third).to_json(), 0).await;
+        assert_eq!(put_subnet(&mut watch).await, subnet(third));
+    }
+    let backup = etcd.back_up()?;
+    since(&raw).await;
+    let event = next(&mut watch).await;
+    assert!(seen(&event), "{event:?}");
+    let before = raw.moment().await;
+
+    wire.cut();
+    etcd.kill();
+    etcd.restore(&backup);
+    etcd.start_again().await;
+    let raw = etcd.raw().await;
+    let restored = raw.moment().await;
+    assert!(restored.0 == before.0 && restored.1 < before.1, "{restored:?} follows {before:?}");
+    while raw.put("/elsewhere", "", 0).await < before.1 + 10 {}
+    wire.mend();
+    Some((etcd, wire, watch))
+}
+
+fn subnets(event: LeaseEvent) -> Vec<Subnet> {
+    match event {
+        LeaseEvent::Snapshot(snapshot) => snapshot.leases.iter().map(|lease| lease.subnet).collect(),
+        other => panic!("{other:?} is no snapshot"),
+    }
+}
+
+#[tokio::test]
+async fn a_lease_that_a_restored_backup_does_not_have_is_not_believed_any_longer() {
+    let since = async |raw: &Raw| raw.put(&key(3), &host(3).to_json(), 0).await;
+    let seen = |event: &LeaseEvent| matches!(event, LeaseEvent::Put(_));
+    let Some((_etcd, _wire, mut watch)) = restored(since, seen).await else { return };
+
+    assert_eq!(subnets(next_after_errors(&mut watch).await), [subnet(1), subnet(2)]);
+}
+
+#[tokio::test]
+async fn a_lease_that_a_restored_backup_has_again_is_told() {
+    let since = async |raw: &Raw| raw.delete(&key(1)).await;
+    let seen = |event: &LeaseEvent| matches!(event, LeaseEvent::Removed(_));
+    let Some((_etcd, _wire, mut watch)) = restored(since, seen).await else { return };
+
+    assert_eq!(subnets(next_after_errors(&mut watch).await), [subnet(1), subnet(2)]);
+}
+
+#[tokio::test]
+async fn a_lease_that_a_restored_backup_has_otherwise_is_told() {
+    let since = async |raw: &Raw| raw.put(&key(1), &host(9).to_json(), 0).await;
+    let seen = |event: &LeaseEvent| matches!(event, LeaseEvent::Put(_));
+    let Some((_etcd, _wire, mut watch)) = restored(since, seen).await else { return };
+
+    assert_eq!(subnets(next_after_errors(&mut watch).await), [subnet(1), subnet(2)]);
+}
+
+#[tokio::test]
+async fn going_on_after_a_break_takes_two_requests_and_no_list() {
+    let etcd = etcd_or_pass!();
+    let raw = etcd.raw().await;
+    let wire = Wire::to(&etcd).await;
+    let mut watch = store(&at(&[&wire.endpoint()])).await.watch();
+    snapshot(&mut watch).await;
+    raw.put(&key(1), &host(1).to_json(), 0).await;
+    assert_eq!(put_subnet(&mut watch).await, subnet(1));
+    wire.cut();
+    watch.next().await.unwrap_err();
+    let before = etcd.requests().await;
+
+    wire.mend();
+
+    assert_eq!(next(&mut watch).await, LeaseEvent::Resumed);
+    assert_eq!(etcd.requests().await - before, 2, "a watch, and one key");
+}
+
 #[tokio::test]
 async fn events_are_not_told_twice_when_a_watch_is_reopened() {
     let etcd = etcd_or_pass!();
@@ -744,6 +727,72 @@ async fn events_are_not_told_twice_when_a_watch_is_reopened() {
     wire.mend();
 
     assert_eq!(put_subnet(&mut watch).await, subnet(4));
+}
+
+#[tokio::test]
+async fn leases_that_go_in_one_stroke_are_told_together_and_others_one_by_one() {
+    let etcd = etcd_or_pass!();
+    let raw = etcd.raw().await;
+    let mut watch = plain_store(&etcd).await.watch();
+    snapshot(&mut watch).await;
+
+    // The stream is opened only later, so all of this comes in one portion.
+    raw.put_together((1..=6).map(|third| (key(third), host(third).to_json()))).await;
+    raw.delete(&key(1)).await;
+    raw.delete(&key(2)).await;
+    raw.delete_range(&key(3), &key(6)).await;
+    raw.put(&key(3), &host(3).to_json(), 0).await;
+    raw.delete_range(PREFIX, &format!("{PREFIX}0")).await;
+
+    for third in 1..=6 {
+        assert_eq!(put_subnet(&mut watch).await, subnet(third));
+    }
+    let together = |thirds: &[u8]| LeaseEvent::RemovedTogether(thirds.iter().copied().map(subnet).collect());
+    assert_eq!(next(&mut watch).await, LeaseEvent::Removed(subnet(1)));
+    assert_eq!(next(&mut watch).await, LeaseEvent::Removed(subnet(2)));
+    assert_eq!(next(&mut watch).await, together(&[3, 4, 5]));
+    assert_eq!(put_subnet(&mut watch).await, subnet(3));
+    assert_eq!(next(&mut watch).await, together(&[3, 6]));
+}
+
+#[tokio::test]
+async fn after_an_error_that_was_told_a_watch_says_that_it_goes_on() {
+    let etcd = etcd_or_pass!();
+    let raw = etcd.raw().await;
+    let wire = Wire::to(&etcd).await;
+    let mut watch = store(&at(&[&wire.endpoint()])).await.watch();
+    snapshot(&mut watch).await;
+    raw.put(&key(1), &host(1).to_json(), 0).await;
+    assert_eq!(put_subnet(&mut watch).await, subnet(1));
+
+    wire.cut();
+    watch.next().await.unwrap_err();
+    raw.put(&key(2), &host(2).to_json(), 0).await;
+    wire.mend();
+
+    assert_eq!(next(&mut watch).await, LeaseEvent::Resumed);
+    assert!(matches!(next(&mut watch).await, LeaseEvent::Put(lease) if lease.subnet == subnet(2)));
+}
+
+#[tokio::test]
+async fn after_an_error_that_a_snapshot_mends_the_snapshot_comes_first() {
+    let etcd = etcd_or_pass!();
+    let raw = etcd.raw().await;
+    let wire = Wire::to(&etcd).await;
+    let mut watch = store(&at(&[&wire.endpoint()])).await.watch();
+    snapshot(&mut watch).await;
+    raw.put(&key(1), &host(1).to_json(), 0).await;
+    assert_eq!(put_subnet(&mut watch).await, subnet(1));
+
+    wire.cut();
+    watch.next().await.unwrap_err();
+    raw.delete(&key(1)).await;
+    let last = raw.put(&key(2), &host(2).to_json(), 0).await;
+    raw.compact(last).await;
+    wire.mend();
+
+    assert_eq!(snapshot(&mut watch).await.leases.len(), 1);
+    assert_eq!(next(&mut watch).await, LeaseEvent::Resumed);
 }
 
 // ── many leases ─────────────────────────────────────────────────────────────
@@ -932,15 +981,6 @@ async fn when_nobody_answers_every_endpoint_is_named_with_its_trouble() {
 
 // ── TLS ─────────────────────────────────────────────────────────────────────
 
-macro_rules! certificates_or_pass {
-    ($directory:expr) => {
-        match Certificates::make($directory.path()) {
-            Some(certificates) => certificates,
-            None => return,
-        }
-    };
-}
-
 #[tokio::test]
 async fn a_ca_file_alone_is_enough_for_tls() {
     let directory = tempfile::tempdir().unwrap();
@@ -1036,123 +1076,6 @@ async fn http_with_certificates_is_plaintext() {
     let store = store(&Settings { ca_file: Some(certificates.ca), ..etcd.settings() }).await;
 
     store.acquire(&config(), &host(1), None).await.unwrap();
-}
-
-#[tokio::test]
-async fn a_renewed_certificate_is_taken_up_without_a_restart() {
-    let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let certificates = certificates_or_pass!(directory);
-    let mut etcd = etcd_or_pass!(Kind::tls(&certificates));
-    let store = store(&Settings { ca_file: Some(certificates.ca.clone()), ..etcd.settings() }).await;
-    let held = store.acquire(&config(), &host(1), None).await.unwrap();
-
-    let renewed = certificates_or_pass!(elsewhere);
-    etcd.kill();
-    for (new, old) in [
-        (renewed.ca, certificates.ca),
-        (renewed.server_cert, certificates.server_cert),
-        (renewed.server_key, certificates.server_key),
-    ] {
-        std::fs::copy(new, old).unwrap();
-    }
-    etcd.start_again().await;
-
-    store.renew(&held).await.unwrap();
-}
-
-// ── users ───────────────────────────────────────────────────────────────────
-
-#[tokio::test]
-async fn a_user_with_flannels_permissions_can_do_all_that_is_needed() {
-    let etcd = etcd_or_pass!();
-    etcd.switch_users_on("flannel", "hunter2").await;
-    let root = etcd.raw_as_root().await;
-    root.put(&format!("{PREFIX}/config"), r#"{"Network":"10.5.0.0/16"}"#, 0).await;
-    let store = store(&etcd.settings_for("flannel", "hunter2")).await;
-
-    let config = store.network_config().await.unwrap();
-    let held = store.acquire(&config, &host(1), None).await.unwrap();
-    let mut watch = store.watch();
-    assert_eq!(snapshot(&mut watch).await.leases.len(), 1);
-    assert_eq!(put_subnet(&mut watch).await, held.lease.subnet);
-    store.renew(&held).await.unwrap();
-    root.delete(&key_of(&held)).await;
-    assert_eq!(next(&mut watch).await, LeaseEvent::Removed(held.lease.subnet));
-
-    assert_eq!(store.publish(&held, &held.lease.attrs).await.unwrap().lease, held.lease);
-}
-
-#[tokio::test]
-async fn a_wrong_password_is_refused_in_etcds_words_and_not_shown() {
-    let etcd = etcd_or_pass!();
-    etcd.switch_users_on("flannel", "hunter2").await;
-    let store = store(&etcd.settings_for("flannel", "correct horse")).await;
-
-    let error = store.network_config().await.unwrap_err();
-
-    assert!(matches!(error, StoreError::Refused { .. }), "{error:?}");
-    let shown = format!("{} {error:?}", chain(&error));
-    assert!(
-        shown.contains("reading /coreos.com/network/config refused: etcdserver: authentication failed"),
-        "{shown}"
-    );
-    assert!(!shown.contains("correct horse"), "{shown}");
-}
-
-#[tokio::test]
-async fn what_a_user_may_not_do_is_refused_with_the_key() {
-    let etcd = etcd_or_pass!();
-    etcd.switch_users_on("flannel", "hunter2").await;
-    let settings = Settings { prefix: "/not/ours".into(), ..etcd.settings_for("flannel", "hunter2") };
-    let store = store(&settings).await;
-
-    let read = chain(&store.network_config().await.unwrap_err());
-    let watched = chain(&store.watch().next().await.unwrap_err());
-
-    assert_eq!(read, "reading /not/ours/config refused: etcdserver: permission denied");
-    assert_eq!(watched, "listing /not/ours/subnets/ refused: etcdserver: permission denied");
-}
-
-#[tokio::test]
-async fn no_user_where_one_is_asked_for_is_refused() {
-    let etcd = etcd_or_pass!();
-    etcd.switch_users_on("flannel", "hunter2").await;
-
-    let error = chain(&plain_store(&etcd).await.network_config().await.unwrap_err());
-
-    assert!(error.contains("refused: etcdserver: user name is empty"), "{error}");
-}
-
-#[tokio::test]
-async fn a_user_where_none_is_asked_for_is_no_fault_even_when_that_changes() {
-    let etcd = etcd_or_pass!();
-    let store = store(&etcd.settings_for("flannel", "hunter2")).await;
-
-    let held = store.acquire(&config(), &host(1), None).await.unwrap();
-    etcd.switch_users_on("flannel", "hunter2").await;
-
-    store.renew(&held).await.unwrap();
-    store.publish(&held, &held.lease.attrs).await.unwrap();
-}
-
-#[tokio::test]
-async fn a_token_that_ran_out_is_renewed_by_a_watch_and_by_a_request() {
-    let etcd = etcd_or_pass!(Kind::plain().flag("--auth-token-ttl=2"));
-    etcd.switch_users_on("flannel", "hunter2").await;
-    let store = store(&etcd.settings_for("flannel", "hunter2")).await;
-    let held = store.acquire(&config(), &host(1), Some(subnet(1))).await.unwrap();
-    let mut watch = store.watch();
-    snapshot(&mut watch).await;
-    assert_eq!(put_subnet(&mut watch).await, held.lease.subnet);
-
-    // Using a token prolongs it, so there is nothing to ask that would tell.
-    sleep(Duration::from_secs(5)).await;
-    // The watch is opened only now, with the old token, and nobody hears of that.
-    etcd.raw_as_root().await.put(&key(250), &host(250).to_json(), 0).await;
-    assert!(matches!(next(&mut watch).await, LeaseEvent::Put(lease) if lease.subnet == subnet(250)));
-
-    sleep(Duration::from_secs(5)).await;
-    store.renew(&held).await.unwrap();
 }
 
 #[tokio::test]

@@ -130,8 +130,8 @@ impl Host {
         let (status, seen) = watch::channel(Status::default());
         self.status = seen;
         let expiry = Expiry::At((tokio::time::Instant::now() + TERM).into_std());
-        let networks = config.networks().collect();
-        let node = Node { networks, underlay, lease: self.own(), mtu: None };
+        let pools = config.pools().copied().collect();
+        let node = Node { pools, underlay, lease: self.own(), mtu: None };
         let planner = Planner::new(backend, node, self.mode);
         let day = Duration::from_secs(86_400);
         let parts = Parts {
@@ -147,9 +147,12 @@ impl Host {
                 // Nothing here is to be repaired by an audit.
                 audit_interval: day,
                 renew_margin: Duration::from_secs(3600),
+                removal_grace: Duration::ZERO,
             },
             status,
             on_ready: None,
+            state: None,
+            recalled: None,
         };
         self.stop = CancellationToken::new();
         tokio::spawn(Agent::new(parts, FakeFirewall::default()).run(self.stop.clone()));
@@ -192,9 +195,9 @@ impl Host {
         let facts = self.look().await.facts;
         let underlay = underlay::choose(&facts, &selection()).ok()?.underlay;
         let config = build::config(CONFIG);
-        let networks = config.networks().collect();
+        let pools = config.pools().copied().collect();
         let (backend, _) = backend::from_config(&config).unwrap();
-        let node = Node { networks, underlay, lease: self.own(), mtu: None };
+        let node = Node { pools, underlay, lease: self.own(), mtu: None };
         let mut view = LeaseView::default();
         let leases = self.store.inner().leases.values().cloned().collect();
         view.apply(flannel_core::store::LeaseEvent::Snapshot(flannel_core::store::Snapshot {

@@ -8,15 +8,17 @@
 
 #![allow(clippy::unwrap_used, reason = "the whole target is tests")]
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
 
 use flannel_core::diff::{self, Step};
+use flannel_core::guard::Guard;
 use flannel_core::host::{Changes, Network};
-use flannel_core::lease::{BackendData, Lease, Subnet};
+use flannel_core::lease::{Lease, Subnet};
 use flannel_core::plan::RouteMode;
-use flannel_core::state::{HostState, LinkKind, MacAddr, Nexthop, Object, Route, RouteKey};
-use flannel_core::store::{LeaseEvent, Snapshot};
+use flannel_core::state::{HostState, LinkKind, MacAddr, Nexthop, Object, Route};
+use flannel_core::store::{LeaseEvent, Snapshot, Unreadable};
 use flannel_core::underlay::Selection;
 use flannel_core::view::{Applied, LeaseView};
 use flannel_tests::build::{self, peer};
@@ -57,6 +59,15 @@ fn histories() -> Vec<Vec<Cluster>> {
                 build::lease(build::subnet(2), r#"{"PublicIP":"192.168.0.2","BackendType":"host-gw"}"#),
                 peer(3, 3, 3),
             ],
+        ],
+        // Subnets of other lengths around and inside, one of both families, one address claimed by two, a host that moves.
+        vec![
+            vec![lease(8, 2, 2), lease(12, 3, 3)],
+            vec![lease(8, 2, 2), peer(5, 5, 5), lease(11, 3, 3)],
+            vec![lease(8, 2, 2), lease(9, 4, 4), lease(11, 3, 3), lease(12, 5, 5)],
+            vec![lease(9, 4, 4), lease(11, 3, 3), lease(12, 5, 5), lease(13, 6, 6), peer(3, 7, 7)],
+            vec![lease(12, 5, 5), lease(13, 6, 6), peer(4, 7, 6), peer(6, 3, 3), peer(7, 3, 3)],
+            vec![peer(4, 7, 6), peer(7, 3, 3)],
         ],
     ]
 }
@@ -208,7 +219,7 @@ fn of_two_lengths() -> [Lease; 2] {
 }
 
 #[tokio::test]
-async fn of_two_subnets_that_begin_at_one_address_one_is_left_out_until_the_other_goes() {
+async fn of_two_subnets_that_begin_at_one_address_that_of_the_config_stays_until_it_goes() {
     for mode in [RouteMode::Plain, RouteMode::Nexthop] {
         let mut host = Host::started(build::VXLAN).await;
         host.restart(mode).await;
@@ -216,13 +227,13 @@ async fn of_two_subnets_that_begin_at_one_address_one_is_left_out_until_the_othe
         for lease in [&wide, &narrow] {
             host.hear(vec![LeaseEvent::Put(lease.clone())]).await;
         }
-        assert!(host.network.printed().contains("route 10.5.4.0/23"));
-        assert!(!host.network.printed().contains("route 10.5.4.0/24"));
+        assert!(host.network.printed().contains("route 10.5.4.0/24"));
+        assert!(!host.network.printed().contains("route 10.5.4.0/23"));
 
-        host.hear(vec![LeaseEvent::Removed(wide.subnet)]).await;
+        host.hear(vec![LeaseEvent::Removed(narrow.subnet)]).await;
 
         assert_eq!(host.network.printed(), host.plan(mode).to_string());
-        assert!(host.network.printed().contains("route 10.5.4.0/24"));
+        assert!(host.network.printed().contains("route 10.5.4.0/23"));
         host.full(false).await;
     }
 }
@@ -285,13 +296,40 @@ enum Event {
     Audit,
 }
 
+/// Subnets by number: those that the config hands out, and others that overlap them.
+fn subnet(number: u8) -> Subnet {
+    let odd = match number {
+        0..8 => return build::subnet(number),
+        8 => "10.5.4.0/22",
+        9 => "10.5.2.0/23",
+        10 => "10.5.6.0/23",
+        11 => "10.5.4.0/25",
+        12 => "10.5.5.128/25",
+        _ => {
+            let v6 = "fd05:0:0:3::/64".parse().unwrap();
+            return Subnet::Dual("10.5.3.0/24".parse().unwrap(), v6);
+        }
+    };
+    Subnet::V4(odd.parse().unwrap())
+}
+
+/// The lease on the subnet of that number.
+fn lease(number: u8, mac: u8, host: u8) -> Lease {
+    Lease { subnet: subnet(number), ..peer(number, mac, host) }
+}
+
+/// Somewhere in each part of the network that some subnet has for itself.
+fn places() -> impl Iterator<Item = Ipv4Addr> {
+    (2..8).flat_map(|third| [1, 129].map(|last| Ipv4Addr::new(10, 5, third, last)))
+}
+
 impl Event {
-    fn is_about(self, number: u8) -> bool {
+    fn is_about(self, place: Ipv4Addr) -> bool {
         match self {
-            Self::Put(subnet, ..)
-            | Self::Leave(subnet)
-            | Self::Missed(subnet, ..)
-            | Self::Refused(subnet, ..) => subnet == number,
+            Self::Put(number, ..)
+            | Self::Leave(number)
+            | Self::Missed(number, ..)
+            | Self::Refused(number, ..) => subnet(number).v4().unwrap().contains(place),
             Self::SwapMacs(..) | Self::SwapSubnets(..) => false,
             Self::Delete(..) | Self::Bend(..) | Self::DeleteDevice | Self::Restart | Self::Audit => false,
         }
@@ -299,14 +337,20 @@ impl Event {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let put = || (2u8..8, 1u8..7, 1u8..8);
+    // Every fourth subnet is an odd one.
+    let number = || (0u8..24).prop_map(|n| if n < 18 { 2 + n % 6 } else { n - 10 });
+    // Two hosts of three have their own MAC and address; others lay claim to any.
+    let put = || {
+        (number(), 0u8..18, 1u8..8)
+            .prop_map(|(number, mac, host)| (number, if mac < 6 { mac + 1 } else { host }, host))
+    };
     prop_oneof![
-        6 => put().prop_map(|(subnet, mac, host)| Event::Put(subnet, mac, host)),
-        3 => (2u8..8).prop_map(Event::Leave),
+        6 => put().prop_map(|(number, mac, host)| Event::Put(number, mac, host)),
+        3 => number().prop_map(Event::Leave),
         1 => (2u8..8, 2u8..8).prop_map(|(one, other)| Event::SwapMacs(one, other)),
         1 => (2u8..8, 2u8..8).prop_map(|(one, other)| Event::SwapSubnets(one, other)),
-        2 => put().prop_map(|(subnet, mac, host)| Event::Missed(subnet, mac, host)),
-        2 => put().prop_map(|(subnet, mac, host)| Event::Refused(subnet, mac, host)),
+        2 => put().prop_map(|(number, mac, host)| Event::Missed(number, mac, host)),
+        2 => put().prop_map(|(number, mac, host)| Event::Refused(number, mac, host)),
         3 => (any::<usize>(), any::<bool>()).prop_map(|(place, told)| Event::Delete(place, told)),
         3 => (any::<usize>(), any::<bool>()).prop_map(|(place, told)| Event::Bend(place, told)),
         1 => Just(Event::DeleteDevice),
@@ -315,10 +359,10 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// The host that packets for a subnet are sent to: route, neighbour, forwarding entry.
-fn reached(state: &HostState, number: u8) -> Option<IpAddr> {
-    let Subnet::V4(v4) = build::subnet(number) else { return None };
-    let route = state.routes.get(&RouteKey::to(v4.into()))?;
+/// The host that packets to a place are sent to: route, neighbour, forwarding entry.
+fn reached(state: &HostState, place: Ipv4Addr) -> Option<IpAddr> {
+    let to = state.routes.iter().filter(|(key, _)| key.destination.contains(place.into()));
+    let (_, route) = to.max_by_key(|(key, _)| key.destination.prefix())?;
     let gateway = route.gateway?;
     if route
         .nexthop
@@ -370,16 +414,13 @@ impl Host {
     }
 
     async fn put(&mut self, number: u8, mac: u8, host: u8) {
-        self.hear(vec![LeaseEvent::Put(peer(number, mac, host))]).await;
+        self.hear(vec![LeaseEvent::Put(lease(number, mac, host))]).await;
     }
 
     /// MAC and address that the lease on a subnet names.
     fn lease(&self, number: u8) -> Option<(u8, u8)> {
-        let attrs = self.view.get(&build::subnet(number))?.attrs;
-        match attrs.backend_data? {
-            BackendData::Vtep { mac, .. } => Some((mac.0[5], attrs.public_ip?.octets()[3])),
-            BackendData::Json(_) => None,
-        }
+        let attrs = self.view.get(&subnet(number))?.attrs;
+        Some((attrs.backend_data?.mac()?.0[5], attrs.public_ip?.octets()[3]))
     }
 
     /// The events of which one consists.
@@ -418,20 +459,20 @@ impl Host {
 
     async fn live(&mut self, event: Event, mode: &mut RouteMode) {
         match event {
-            Event::Put(subnet, mac, host) => self.put(subnet, mac, host).await,
-            Event::Leave(subnet) => self.hear(vec![LeaseEvent::Removed(build::subnet(subnet))]).await,
+            Event::Put(number, mac, host) => self.put(number, mac, host).await,
+            Event::Leave(number) => self.hear(vec![LeaseEvent::Removed(subnet(number))]).await,
             Event::SwapMacs(..) | Event::SwapSubnets(..) => unreachable!("these consist of others"),
-            Event::Missed(subnet, mac, host) => {
-                self.view.apply(LeaseEvent::Put(peer(subnet, mac, host)));
+            Event::Missed(number, mac, host) => {
+                self.view.apply(LeaseEvent::Put(lease(number, mac, host)));
                 self.full(true).await;
             }
-            Event::Refused(subnet, mac, host) => {
-                let words = format!("10.5.{subnet}.0");
+            Event::Refused(number, mac, host) => {
+                let words = subnet(number).v4().unwrap().ip().to_string();
                 self.network.refuse(move |step| {
                     let refused = step.leaves().is_some() && step.to_string().contains(&words);
                     refused.then(|| "Invalid argument".into())
                 });
-                if let Applied::One(change) = self.view.apply(LeaseEvent::Put(peer(subnet, mac, host))) {
+                if let Applied::One(change) = self.view.apply(LeaseEvent::Put(lease(number, mac, host))) {
                     self.reconciler.patch(&change, &self.view).await.unwrap().unwrap();
                 }
                 self.network.refuse_nothing();
@@ -457,17 +498,18 @@ impl Host {
     fn check_each_step(&self, event: Event, planned: &HostState, now: &HostState) {
         let mut state = self.before.clone();
         let steps = self.network.kernel().taken.clone();
+        let all = |state: &HostState| -> Vec<_> { places().map(|place| reached(state, place)).collect() };
+        let (was, should, shall) = (all(&self.before), all(planned), all(now));
         for step in &steps {
             diff::take(&mut state, step);
-            for number in 2..8 {
-                let (was, is) = (reached(&self.before, number), reached(&state, number));
-                let (should, shall) = (reached(planned, number), reached(now, number));
+            for (place, ((&was, &should), &shall)) in places().zip(was.iter().zip(&should).zip(&shall)) {
+                let is = reached(&state, place);
                 assert!(
                     is.is_none() || is == was || is == should || is == shall,
-                    "10.5.{number}.0 went to {is:?} after {step}, one of {steps:#?}"
+                    "{place} went to {is:?} after {step}, one of {steps:#?}"
                 );
-                if was == shall && should == shall && !event.is_about(number) {
-                    assert_eq!(is, shall, "10.5.{number}.0 was lost by {step}, one of {steps:#?}");
+                if was == shall && should == shall && !event.is_about(place) {
+                    assert_eq!(is, shall, "{place} was lost by {step}, one of {steps:#?}");
                 }
             }
         }
@@ -502,6 +544,209 @@ proptest! {
             host.network.kernel().taken.clear();
             host.full(true).await;
             assert_eq!(host.network.kernel().taken, []);
+        });
+    }
+}
+
+/// How long who vanishes is held here.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// Something that happens to a store, or between it and us.
+#[derive(Clone, Debug)]
+enum Turn {
+    /// A host has this subnet, with that MAC and address.
+    Put(u8, u8),
+    Remove(u8),
+    /// These go in one stroke, all of them if there are none; perhaps our own too.
+    RemoveTogether(Vec<u8>),
+    Junk(u8),
+    /// The history is compacted: what was not heard is lost, and a list comes.
+    Relist,
+    /// So much of what happened comes to our ears.
+    Hear(usize),
+    /// Seconds pass, and if somebody is held for long enough the store is asked.
+    Wait(u64),
+}
+
+fn turn() -> impl Strategy<Value = Turn> {
+    prop_oneof![
+        8 => (2u8..16, 0u8..8).prop_map(|(number, other)| Turn::Put(number, if other < 2 { other + 2 } else { number })),
+        2 => (2u8..16).prop_map(Turn::Remove),
+        2 => proptest::collection::vec(1u8..16, 0..15).prop_map(Turn::RemoveTogether),
+        1 => (2u8..16).prop_map(Turn::Junk),
+        2 => Just(Turn::Relist),
+        8 => (1usize..20).prop_map(Turn::Hear),
+        4 => (1u64..50).prop_map(Turn::Wait),
+    ]
+}
+
+/// A store, and a host that hears of it by way of the guard.
+struct World {
+    store: BTreeMap<Subnet, Lease>,
+    unheard: VecDeque<LeaseEvent>,
+    /// What the host would know without a guard.
+    heard: BTreeMap<Subnet, Lease>,
+    /// Since when it would not know of somebody any more.
+    lost: BTreeMap<Subnet, Instant>,
+    guard: Guard,
+    host: Host,
+    now: Instant,
+}
+
+impl World {
+    async fn new() -> Self {
+        let own = peer(1, 1, 1);
+        let store = BTreeMap::from([(own.subnet, own)]);
+        Self {
+            heard: store.clone(),
+            store,
+            unheard: VecDeque::new(),
+            lost: BTreeMap::new(),
+            guard: Guard::new(GRACE),
+            host: Host::started(build::VXLAN).await,
+            now: Instant::now(),
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot { leases: self.store.values().cloned().collect(), unreadable: vec![] }
+    }
+
+    async fn live(&mut self, turn: Turn) {
+        match turn {
+            Turn::Put(number, host) => {
+                let lease = peer(number, host, host);
+                self.store.insert(lease.subnet, lease.clone());
+                self.unheard.push_back(LeaseEvent::Put(lease));
+            }
+            Turn::Remove(number) => {
+                self.store.remove(&build::subnet(number));
+                self.unheard.push_back(LeaseEvent::Removed(build::subnet(number)));
+            }
+            Turn::RemoveTogether(numbers) => {
+                let numbers = if numbers.is_empty() { (1..16).collect() } else { numbers };
+                let subnets: Vec<Subnet> = numbers.into_iter().map(build::subnet).collect();
+                self.store.retain(|subnet, _| !subnets.contains(subnet));
+                self.unheard.push_back(LeaseEvent::RemovedTogether(subnets));
+            }
+            Turn::Junk(number) => {
+                let subnet = build::subnet(number);
+                self.store.remove(&subnet);
+                let key = Unreadable { key: String::new(), subnet: Some(subnet), reason: "junk".into() };
+                self.unheard.push_back(LeaseEvent::Unreadable(key));
+            }
+            Turn::Relist => {
+                self.unheard.clear();
+                self.unheard.push_back(LeaseEvent::Snapshot(self.snapshot()));
+            }
+            Turn::Hear(count) => {
+                for _ in 0..count.min(self.unheard.len()) {
+                    self.hear().await;
+                }
+            }
+            Turn::Wait(seconds) => {
+                self.now += Duration::from_secs(seconds);
+                self.ask().await;
+            }
+        }
+    }
+
+    async fn hear(&mut self) {
+        let Some(event) = self.unheard.pop_front() else { return };
+        let (before, had) = (self.heard.clone(), self.host.view.clone());
+        let mut alone = None;
+        match event.clone() {
+            LeaseEvent::Snapshot(list) => {
+                self.heard = list.leases.into_iter().map(|lease| (lease.subnet, lease)).collect();
+            }
+            LeaseEvent::Put(lease) => drop(self.heard.insert(lease.subnet, lease)),
+            LeaseEvent::Removed(subnet) => alone = Some(subnet),
+            LeaseEvent::Unreadable(key) => alone = key.subnet,
+            LeaseEvent::RemovedTogether(subnets) => self.heard.retain(|subnet, _| !subnets.contains(subnet)),
+            LeaseEvent::Resumed => {}
+        }
+        alone.iter().for_each(|subnet| drop(self.heard.remove(subnet)));
+        for subnet in before.keys().filter(|subnet| !self.heard.contains_key(subnet)) {
+            self.lost.insert(*subnet, self.now);
+        }
+        self.lost.retain(|subnet, _| !self.heard.contains_key(subnet));
+        let admitted = self.guard.admit(event.clone(), &self.host.view, build::subnet(1), self.now);
+        self.host.hear(admitted.events).await;
+
+        // Who is gone was deleted alone, has another subnet by what this event says, or is one of few.
+        let lives_elsewhere = |gone: &Lease| {
+            self.heard.values().any(|lease| {
+                lease.attrs.public_ip == gone.attrs.public_ip
+                    || lease.attrs.backend_data == gone.attrs.backend_data
+            })
+        };
+        let gone = had.peers(build::subnet(1)).filter(|lease| {
+            self.host.view.get(&lease.subnet).is_none()
+                && alone != Some(lease.subnet)
+                && !lives_elsewhere(lease)
+        });
+        let gone = gone.count();
+        assert!(gone <= 3 || gone * 4 <= had.count_peers(build::subnet(1)), "{gone} go with {event:?}");
+        self.check().await;
+    }
+
+    async fn ask(&mut self) {
+        if self.guard.due().is_none_or(|due| self.now < due) {
+            return;
+        }
+        let event = self.guard.confirm(&self.snapshot(), self.now);
+        for subnet in event.iter().flat_map(|event| match event {
+            LeaseEvent::RemovedTogether(subnets) => subnets.clone(),
+            other => panic!("{other:?}"),
+        }) {
+            assert!(!self.store.contains_key(&subnet), "{subnet} is there");
+            assert!(self.lost[&subnet] + GRACE <= self.now, "{subnet} was given up early");
+        }
+        self.host.hear(event.into_iter().collect()).await;
+        self.check().await;
+    }
+
+    /// The view has what was heard, and who is held on top of that; the kernel has what the view has.
+    async fn check(&mut self) {
+        for number in 1..16 {
+            let subnet = build::subnet(number);
+            let (is, heard) = (self.host.view.get(&subnet), self.heard.get(&subnet).cloned());
+            match self.guard.holds(&subnet) {
+                true => assert!(heard.is_none() && is.is_some() && number != 1, "{subnet} is held"),
+                false => assert_eq!(is, heard),
+            }
+        }
+        assert_eq!(self.guard.due().is_none(), self.guard.count() == 0);
+        assert_eq!(self.host.network.printed(), self.host.plan(RouteMode::Plain).to_string());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_store_says_few_go_early_and_all_go_in_the_end(
+        history in proptest::collection::vec(turn(), 1..60),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let mut world = World::new().await;
+            for number in 2..14 {
+                world.live(Turn::Put(number, number)).await;
+            }
+            for turn in history {
+                world.live(turn).await;
+            }
+
+            world.live(Turn::Hear(usize::MAX)).await;
+            for _ in 0..2 {
+                world.live(Turn::Wait(GRACE.as_secs())).await;
+            }
+
+            assert_eq!(world.guard.count(), 0);
+            let view = world.host.view.peers(build::subnet(250)).collect::<Vec<Lease>>();
+            assert_eq!(view, world.store.values().cloned().collect::<Vec<Lease>>());
+            world.host.check("in the end").await;
         });
     }
 }

@@ -74,6 +74,7 @@ pub fn underlay() -> Underlay {
         address: Ipv4Addr::new(192, 168, 0, 1),
         public_ip: Ipv4Addr::new(192, 168, 0, 1),
         public_ipv6: None,
+        networks: vec!["192.168.0.0/24".parse().expect("a prefix")],
         routes: facts().routes,
     }
 }
@@ -88,7 +89,7 @@ pub fn planner_in(config: &NetworkConfig, mode: RouteMode) -> (Planner, Claim) {
     let (backend, _) = backend::from_config(config).expect("a backend");
     let networks: Vec<IpNetwork> = config.networks().collect();
     let underlay = underlay();
-    let claim = Claim { links: backend.links(), networks: networks.clone(), underlay: Some(underlay.link) };
-    let node = Node { networks, underlay, lease: peer(1, 1, 1), mtu: None };
+    let claim = Claim { links: backend.links(), networks, underlay: Some(underlay.link) };
+    let node = Node { pools: config.pools().copied().collect(), underlay, lease: peer(1, 1, 1), mtu: None };
     (Planner::new(backend, node, mode), claim)
 }

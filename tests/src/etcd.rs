@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, Permission, PutOptions, Txn, TxnOp};
+use etcd_client::{
+    AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions, ConnectOptions, DeleteOptions,
+    GetOptions, LeaseGrantOptions, Permission, PutOptions, StatusResponse, Txn, TxnOp,
+};
 use flannel_etcd::{Password, Settings};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -18,6 +21,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::need;
@@ -64,6 +68,9 @@ impl Kind {
 #[derive(Debug)]
 pub struct Etcd {
     kind: Kind,
+    name: String,
+    /// The members of its cluster, as `--initial-cluster` has them.
+    members: String,
     data: TempDir,
     client: u16,
     peer: u16,
@@ -87,14 +94,23 @@ impl Etcd {
         }
         // Between finding a free port and using it somebody else may be faster.
         for _ in 0..5 {
-            let [client, peer, metrics] = free_ports();
-            let data = tempfile::tempdir().expect("a temporary directory can be made");
-            let mut etcd = Self { kind: kind.clone(), data, client, peer, metrics, child: None };
+            let mut etcd = Self::member("default", &kind, free_ports());
+            etcd.members = etcd.as_member();
             if etcd.run().await {
                 return Some(etcd);
             }
         }
         panic!("etcd does not come up");
+    }
+
+    fn member(name: &str, kind: &Kind, [client, peer, metrics]: [u16; 3]) -> Self {
+        let data = tempfile::tempdir().expect("a temporary directory can be made");
+        let (kind, name, members) = (kind.clone(), name.into(), String::new());
+        Self { kind, name, members, data, client, peer, metrics, child: None }
+    }
+
+    fn as_member(&self) -> String {
+        format!("{}=http://127.0.0.1:{}", self.name, self.peer)
     }
 
     /// Starts it again on the same ports and data.
@@ -120,6 +136,39 @@ impl Etcd {
     pub fn wipe(&mut self) {
         assert!(self.child.is_none(), "a running etcd cannot be wiped");
         std::fs::remove_dir_all(self.data.path().join("member")).expect("the data can be removed");
+    }
+
+    /// Writes all that it has into a file; `None` if there is no etcdctl.
+    ///
+    /// # Panics
+    /// It cannot.
+    pub fn back_up(&self) -> Option<PathBuf> {
+        let file = self.data.path().join("backup");
+        let _ = std::fs::remove_file(&file);
+        let to = format!("--endpoints={}", self.endpoint());
+        etcdctl(&[&to, "snapshot", "save", &file.display().to_string()])?;
+        Some(file)
+    }
+
+    /// Puts back what it had then, as the same member of the same cluster; it must not be running.
+    ///
+    /// # Panics
+    /// It cannot.
+    pub fn restore(&mut self, backup: &Path) {
+        self.wipe();
+        let restored = self.data.path().join("restored");
+        let words = [
+            format!("--data-dir={}", restored.display()),
+            format!("--name={}", self.name),
+            format!("--initial-cluster={}", self.members),
+            format!("--initial-advertise-peer-urls=http://127.0.0.1:{}", self.peer),
+        ];
+        let file = backup.display().to_string();
+        let words: Vec<&str> =
+            ["snapshot", "restore", &file].into_iter().chain(words.iter().map(String::as_str)).collect();
+        etcdctl(&words).expect("etcdctl was there for the backup");
+        std::fs::rename(restored.join("member"), self.data.path().join("member")).expect("a directory moves");
+        std::fs::remove_dir_all(restored).expect("an empty directory goes");
     }
 
     /// Stops it where it stands: connections stay open and nothing answers.
@@ -187,6 +236,16 @@ impl Etcd {
         client.auth_enable().await.expect("users are switched on");
     }
 
+    /// Lets that user write records of hosts, too.
+    ///
+    /// # Panics
+    /// etcd refuses.
+    pub async fn allow_records(&self) {
+        let Raw(mut root) = self.raw_as_root().await;
+        let hosts = Permission::read_write(format!("{PREFIX}/hosts/")).with_prefix();
+        root.role_grant_permission("flannel", hosts).await.expect("a permission is granted");
+    }
+
     /// The settings with a user.
     pub fn settings_for(&self, user: &str, password: &str) -> Settings {
         Settings { username: Some(user.into()), password: Some(Password::new(password)), ..self.settings() }
@@ -197,11 +256,23 @@ impl Etcd {
     /// # Panics
     /// It does not say.
     pub async fn requests(&self) -> u64 {
+        self.count("").await
+    }
+
+    /// How often somebody has shown it a password.
+    ///
+    /// # Panics
+    /// It does not say.
+    pub async fn authentications(&self) -> u64 {
+        self.count("\"Authenticate\"").await
+    }
+
+    async fn count(&self, method: &str) -> u64 {
         let text = http_get(self.metrics, "/metrics").await.expect("etcd shows its counters");
         let count =
             |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<f64>().ok()).unwrap_or(0.0);
-        text.lines().filter(|line| line.starts_with("grpc_server_started_total")).map(count).sum::<f64>()
-            as u64
+        let is_meant = |line: &&str| line.starts_with("grpc_server_started_total") && line.contains(method);
+        text.lines().filter(is_meant).map(count).sum::<f64>() as u64
     }
 
     async fn run(&mut self) -> bool {
@@ -211,7 +282,8 @@ impl Etcd {
             .arg(format!("--data-dir={}", self.data.path().display()))
             .args([format!("--listen-client-urls={endpoint}"), format!("--advertise-client-urls={endpoint}")])
             .args([format!("--listen-peer-urls={peer}"), format!("--initial-advertise-peer-urls={peer}")])
-            .arg(format!("--initial-cluster=default={peer}"))
+            .arg(format!("--name={}", self.name))
+            .arg(format!("--initial-cluster={}", self.members))
             .arg(format!("--listen-metrics-urls=http://127.0.0.1:{}", self.metrics))
             .args(["--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4"])
             .args(&self.kind.flags)
@@ -258,6 +330,71 @@ impl Drop for Etcd {
     }
 }
 
+/// Three etcds that are one cluster.
+#[derive(Debug)]
+pub struct Members(pub Vec<Etcd>);
+
+impl Members {
+    /// Runs them and waits until they serve; `None` if there is no etcd to run.
+    ///
+    /// # Panics
+    /// It is installed and they do not come up.
+    pub async fn start() -> Option<Self> {
+        if !need("etcd") {
+            return None;
+        }
+        for _ in 0..5 {
+            let ports: [u16; 9] = free_ports();
+            let mut members: Vec<Etcd> = ports
+                .chunks_exact(3)
+                .zip(["one", "two", "three"])
+                .map(|(ports, name)| Etcd::member(name, &Kind::plain(), [ports[0], ports[1], ports[2]]))
+                .collect();
+            let names = members.iter().map(Etcd::as_member).collect::<Vec<_>>().join(",");
+            members.iter_mut().for_each(|member| member.members = names.clone());
+            // None of them serves before the second one is there.
+            let mut starting = JoinSet::new();
+            for (place, mut member) in members.into_iter().enumerate() {
+                starting.spawn(async move { (place, member.run().await, member) });
+            }
+            let mut started = starting.join_all().await;
+            started.sort_by_key(|(place, ..)| *place);
+            if started.iter().all(|(_, is_up, _)| *is_up) {
+                return Some(Self(started.into_iter().map(|(.., member)| member).collect()));
+            }
+        }
+        panic!("three etcds do not come up");
+    }
+
+    /// All of them, beginning with that one.
+    pub fn endpoints_from(&self, first: usize) -> Vec<String> {
+        let count = self.0.len();
+        (first..first + count).filter_map(|place| Some(self.0.get(place % count)?.endpoint())).collect()
+    }
+
+    /// Which one leads.
+    ///
+    /// # Panics
+    /// None does, for long.
+    pub async fn leader(&self) -> usize {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < deadline {
+            for (place, member) in self.0.iter().enumerate().filter(|(_, member)| member.child.is_some()) {
+                let Ok(client) = Client::connect([member.endpoint()], None).await else { continue };
+                let status = client.maintenance_client().status().await;
+                let leads = |status: &StatusResponse| {
+                    status.header().is_some_and(|header| header.member_id() == status.leader())
+                };
+                if status.as_ref().is_ok_and(leads) {
+                    return place;
+                }
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        panic!("nobody leads");
+    }
+}
+
 /// etcd without any of our own code in between.
 #[derive(Clone)]
 pub struct Raw(pub Client);
@@ -285,6 +422,12 @@ impl Raw {
         })
     }
 
+    pub async fn keys(&self, prefix: &str) -> Vec<String> {
+        let options = GetOptions::new().with_prefix().with_keys_only();
+        let answer = self.0.kv_client().get(prefix, Some(options)).await.expect("etcd reads");
+        answer.kvs().iter().map(|kv| kv.key_str().expect("a test's key is text").into()).collect()
+    }
+
     pub async fn put(&self, key: &str, value: &str, lease: i64) -> i64 {
         let options = PutOptions::new().with_lease(lease);
         let answer = self.0.kv_client().put(key, value, Some(options)).await.expect("etcd writes");
@@ -303,8 +446,20 @@ impl Raw {
         answer.header().expect("an answer has a header").revision()
     }
 
+    /// All keys from `from` to before `end`, at one revision.
+    pub async fn delete_range(&self, from: &str, end: &str) -> i64 {
+        let options = DeleteOptions::new().with_range(end);
+        let answer = self.0.kv_client().delete(from, Some(options)).await.expect("etcd deletes");
+        answer.header().expect("an answer has a header").revision()
+    }
+
     pub async fn grant(&self, ttl: i64) -> i64 {
         self.0.lease_client().grant(ttl, None).await.expect("etcd grants").id()
+    }
+
+    pub async fn grant_as(&self, lease: i64, ttl: i64) {
+        let options = LeaseGrantOptions::new().with_id(lease);
+        self.0.lease_client().grant(ttl, Some(options)).await.expect("etcd grants");
     }
 
     pub async fn revoke(&self, lease: i64) {
@@ -318,6 +473,32 @@ impl Raw {
     pub async fn leases(&self) -> Vec<i64> {
         let answer = self.0.lease_client().leases().await.expect("etcd lists its leases");
         answer.leases().iter().map(|lease| lease.id()).collect()
+    }
+
+    /// The cluster's id, and the revision it has come to.
+    /// As root.
+    pub async fn change_password(&self, user: &str, password: &str) {
+        self.0.auth_client().user_change_password(user, password).await.expect("etcd changes a password");
+    }
+
+    pub async fn moment(&self) -> (u64, i64) {
+        let answer = self.0.kv_client().get("/", None).await.expect("etcd reads");
+        let header = answer.header().expect("an answer has a header");
+        (header.cluster_id(), header.revision())
+    }
+
+    /// Gives all space back that is not needed, and lets etcd write again.
+    pub async fn make_room(&self) {
+        // Else it answers before anything is gone.
+        let wait = CompactionOptions::new().with_physical();
+        self.0.kv_client().compact(self.moment().await.1, Some(wait)).await.expect("etcd compacts");
+        let mut maintenance = self.0.maintenance_client();
+        maintenance.defragment().await.expect("etcd defragments");
+        let member = self.0.kv_client().get("/", None).await.expect("etcd reads");
+        let mut its = AlarmOptions::new();
+        its.with_member(member.header().expect("an answer has a header").member_id());
+        let disarmed = maintenance.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(its)).await;
+        disarmed.expect("etcd disarms");
     }
 
     pub async fn compact(&self, revision: i64) {
@@ -489,6 +670,18 @@ impl Certificates {
             client_key: file("client.key"),
         })
     }
+}
+
+/// Runs etcdctl; `None` if there is none.
+fn etcdctl(arguments: &[&str]) -> Option<()> {
+    if !need("etcdctl") {
+        return None;
+    }
+    let output = Command::new("etcdctl").env("ETCDCTL_API", "3").args(arguments).output();
+    let output = output.expect("etcdctl can be run");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "etcdctl {arguments:?}: {words}");
+    Some(())
 }
 
 fn free_ports<const N: usize>() -> [u16; N] {

@@ -172,7 +172,7 @@ impl Drop for Process {
 pub struct Lab {
     name: String,
     directory: tempfile::TempDir,
-    hosts: usize,
+    hosts: Vec<usize>,
     /// The etcd of the wire.
     pub etcd: Option<Process>,
 }
@@ -193,10 +193,18 @@ impl Lab {
     /// # Panics
     /// Not root, or a tool is missing.
     pub fn without_etcd(hosts: usize) -> Self {
+        Self::of_hosts(1..=hosts)
+    }
+
+    /// A lab of the hosts with these numbers, without etcd; some may be there for an etcd of their own.
+    ///
+    /// # Panics
+    /// Not root, or a tool is missing.
+    pub fn of_hosts(hosts: impl IntoIterator<Item = usize>) -> Self {
         static LABS: AtomicUsize = AtomicUsize::new(0);
         let name = format!("flt{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::SeqCst));
         let directory = tempfile::tempdir().expect("a directory");
-        let lab = Self { name, directory, hosts, etcd: None };
+        let lab = Self { name, directory, hosts: hosts.into_iter().collect(), etcd: None };
         lab.build();
         lab
     }
@@ -204,28 +212,41 @@ impl Lab {
     fn build(&self) {
         let wire = self.wire();
         run(&["ip", "netns", "add", &wire]);
-        let mut batch = String::from(
+        self.batch(
+            &wire,
             "link set lo up\nlink add br0 address 02:00:00:00:77:fe type bridge\nlink set br0 up\naddr add 192.168.77.254/24 dev br0\n",
         );
-        for host in 1..=self.hosts {
-            run(&["ip", "netns", "add", &self.host(host).namespace]);
-            batch += &format!(
-                "link add v{host} type veth peer name eth0 netns {}\nlink set v{host} master br0 up\n",
-                self.host(host).namespace
-            );
+        for &host in &self.hosts {
+            self.plug_in(&self.host(host));
         }
-        self.batch(&wire, &batch);
-        for host in 1..=self.hosts {
-            let host = self.host(host);
-            self.batch(
-                &host.namespace,
-                &format!(
-                    "link set lo up\nlink set eth0 up\naddr add {}/24 dev eth0\nroute add default via 192.168.77.254\n",
-                    host.address
-                ),
-            );
-            host.run(&["sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"]);
-        }
+    }
+
+    /// Makes the host anew, as if nothing had ever run on it; whatever did has ended.
+    pub fn renew(&self, host: &Host) {
+        // At once, and not when the kernel comes to it.
+        run(&["ip", "-n", &self.wire(), "link", "del", &format!("v{}", host.number)]);
+        run(&["ip", "netns", "del", &host.namespace]);
+        // It may have had no files.
+        drop(fs::remove_dir_all(&host.directory));
+        self.plug_in(host);
+    }
+
+    fn plug_in(&self, host: &Host) {
+        let Host { number, namespace, address, .. } = host;
+        run(&["ip", "netns", "add", namespace]);
+        self.batch(
+            &self.wire(),
+            &format!(
+                "link add v{number} type veth peer name eth0 netns {namespace}\nlink set v{number} master br0 up\n"
+            ),
+        );
+        self.batch(
+            namespace,
+            &format!(
+                "link set lo up\nlink set eth0 up\naddr add {address}/24 dev eth0\nroute add default via 192.168.77.254\n"
+            ),
+        );
+        host.run(&["sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"]);
     }
 
     fn batch(&self, namespace: &str, lines: &str) {
@@ -328,7 +349,7 @@ fn without(command: Command, flag: &str) -> Command {
 impl Drop for Lab {
     fn drop(&mut self) {
         self.etcd = None;
-        for host in 1..=self.hosts {
+        for &host in &self.hosts {
             output(&["ip", "netns", "del", &self.host(host).namespace]);
         }
         output(&["ip", "netns", "del", &self.wire()]);
@@ -366,6 +387,11 @@ impl Host {
         self.directory.join("subnet.env")
     }
 
+    /// Where the agent keeps what outlives a reboot.
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
     /// Starts our daemon on the host.
     pub fn agent(&self, flags: &[&str]) -> Process {
         self.daemon(flanneld(), "agent", &self.subnet_file(), flags)
@@ -383,12 +409,21 @@ impl Host {
     ///
     /// # Panics
     /// It cannot be started.
-    pub fn start(&self, mut command: Command, name: &str, file: &Path, flags: &[&str]) -> Process {
+    pub fn start(&self, command: Command, name: &str, file: &Path, flags: &[&str]) -> Process {
+        Process::start(self.complete(command, file, flags), self.directory.join(format!("{name}.log")))
+    }
+
+    /// A command that leads to the host and a daemon, with what follows the program's name.
+    ///
+    /// # Panics
+    /// The host's directory cannot be made.
+    pub fn complete(&self, mut command: Command, file: &Path, flags: &[&str]) -> Command {
         fs::create_dir_all(&self.directory).expect("a directory can be made");
         command.arg(format!("--etcd-endpoints={ETCD}")).arg(format!("--subnet-file={}", file.display()));
         // Each host of a lab has a lock of its own, as a host of its own would.
         command.args(flags).env("XTABLES_LOCKFILE", self.directory.join("xtables.lock"));
-        Process::start(command, self.directory.join(format!("{name}.log")))
+        command.env("FLANNELD_STATE_DIR", self.state_dir());
+        command
     }
 
     /// Waits for the subnet file of [`Host::agent`] and gives its subnet, `10.5.7`.

@@ -5,6 +5,7 @@ pub mod build;
 pub mod etcd;
 pub mod fake_network;
 pub mod lab;
+pub mod leases;
 pub mod memory_store;
 pub mod netns;
 

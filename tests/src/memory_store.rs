@@ -18,10 +18,14 @@ pub const TERM: Duration = Duration::from_secs(86_400);
 pub struct Leases {
     /// All leases.
     pub leases: BTreeMap<Subnet, Lease>,
+    /// Other hosts that have taken a lease over, by its subnet.
+    pub taken_over: BTreeMap<Subnet, String>,
     /// Whether it answers.
     pub away: bool,
     /// How often a lease was renewed.
     pub renewals: usize,
+    /// How often it was asked for a list.
+    pub lists: usize,
     /// How often its holder has written to a lease since it took it.
     pub writes: usize,
     /// How long answers to renewing and publishing are on their way.
@@ -64,6 +68,25 @@ impl MemoryStore {
         self.tell(LeaseEvent::Removed(subnet));
     }
 
+    /// Another host takes a lease over.
+    pub fn take_over(&self, subnet: Subnet, host: &str) {
+        self.inner().taken_over.insert(subnet, host.into());
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Somebody deletes leases in one stroke.
+    pub fn remove_together(&self, subnets: impl IntoIterator<Item = Subnet>) {
+        let subnets: Vec<Subnet> = subnets.into_iter().collect();
+        self.inner().leases.retain(|subnet, _| !subnets.contains(subnet));
+        self.tell(LeaseEvent::RemovedTogether(subnets));
+    }
+
+    /// Somebody deletes all there is: `etcdctl del --prefix`.
+    pub fn remove_all(&self) {
+        let all: Vec<Subnet> = self.inner().leases.keys().copied().collect();
+        self.remove_together(all);
+    }
+
     /// History is compacted: all watchers get a snapshot.
     pub fn relist(&self) {
         let leases = self.inner().leases.values().cloned().collect();
@@ -74,6 +97,11 @@ impl MemoryStore {
     pub fn tell(&self, event: LeaseEvent) {
         self.inner().watchers.retain(|watcher| watcher.send(Ok(event.clone())).is_ok());
         self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// From now on no watcher hears of anything: the watch is broken and nobody knows.
+    pub fn fall_silent(&self) {
+        self.inner().watchers.clear();
     }
 
     /// Tells all watchers that the store is away.
@@ -117,24 +145,31 @@ impl LeaseStore for MemoryStore {
     }
 
     async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
-        Ok(crate::build::config(crate::build::VXLAN))
+        if self.inner().away { Err(unreachable()) } else { Ok(crate::build::config(crate::build::VXLAN)) }
     }
 
     async fn acquire(
         &self,
         config: &NetworkConfig,
         attrs: &LeaseAttrs,
-        _previous: Option<Subnet>,
+        previous: Option<Subnet>,
     ) -> Result<HeldLease, StoreError> {
         if self.inner().away {
             return Err(unreachable());
+        }
+        let ours =
+            self.inner().leases.values().find(|lease| lease.attrs.public_ip == attrs.public_ip).cloned();
+        if let Some(ours) = ours {
+            let held = self.held(Lease { attrs: attrs.clone(), ..ours });
+            return self.publish(&held, attrs).await;
         }
         let pool = config.v4.expect("an IPv4 network");
         let free = (0..pool.capacity()).filter_map(|index| match pool.subnet(index) {
             Some(ipnetwork::IpNetwork::V4(v4)) => Some(Subnet::V4(v4)),
             _ => None,
         });
-        let mut free = free.filter(|subnet| !self.inner().leases.contains_key(subnet));
+        let mut free =
+            previous.into_iter().chain(free).filter(|subnet| !self.inner().leases.contains_key(subnet));
         let Some(subnet) = free.next() else {
             return Err(StoreError::Exhausted {
                 key: "config".into(),
@@ -170,7 +205,8 @@ impl LeaseStore for MemoryStore {
         let ours = [held.lease.attrs.public_ip, attrs.public_ip];
         let tenure = match &standing {
             Some(other) if !ours.contains(&other.attrs.public_ip) => {
-                return Err(StoreError::Lost { subnet: held.lease.subnet, holder: other.attrs.public_ip });
+                let holder = other.attrs.public_ip.map(|holder| holder.to_string());
+                return Err(StoreError::Lost { subnet: held.lease.subnet, holder });
             }
             Some(ours) => ours.tenure,
             None => Tenure::Leased,
@@ -183,6 +219,24 @@ impl LeaseStore for MemoryStore {
         let answer = Ok(self.held(lease));
         self.wait().await;
         answer
+    }
+
+    async fn list(&self) -> Result<Snapshot, StoreError> {
+        let mut inner = self.inner();
+        inner.lists += 1;
+        match inner.away {
+            true => Err(unreachable()),
+            false => Ok(Snapshot { leases: inner.leases.values().cloned().collect(), unreadable: vec![] }),
+        }
+    }
+
+    fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<> {
+        let (store, subnet) = (self.clone(), held.lease.subnet);
+        async move {
+            store.until(|leases| leases.taken_over.contains_key(&subnet)).await;
+            let holder = store.inner().taken_over.get(&subnet).cloned();
+            StoreError::Lost { subnet, holder }
+        }
     }
 
     fn host_moved(&self) {}

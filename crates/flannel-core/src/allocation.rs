@@ -4,13 +4,25 @@
 //! carries our public address, else the subnet we had before, else a random
 //! free one. Unlike flannel, which looks at the lowest hundred, a free one is
 //! picked from all of them: hosts that start together then rarely collide.
+//!
+//! What is taken? Every subnet that this config hands out and that has a key,
+//! whether the key's value can be read or not. A subnet that it does not hand
+//! out, of another length say, as the hosts hold them that joined before the
+//! config was changed, takes all that it overlaps. But a key is quickly written,
+//! and one for half the network must not shut everybody out. So of those only
+//! what the hosts route to counts: its value can be read and names an address, it
+//! is no wider than any config of this network allows, and it overlaps no subnet
+//! of the config's own that somebody holds, for those go before it (see
+//! [`crate::plan`]).
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use ipnetwork::IpNetwork;
 
-use crate::claim::within;
-use crate::lease::{Lease, Subnet, Tenure};
+use crate::backend::no_host;
+use crate::key::subnet_key;
+use crate::lease::{Lease, LeaseAttrs, Subnet, Tenure};
 use crate::network::{NetworkConfig, Pool};
 use crate::store::Snapshot;
 
@@ -63,32 +75,22 @@ pub fn choose(
     public_ip: Option<Ipv4Addr>,
     previous: Option<Subnet>,
 ) -> Choice {
-    let fits = |subnet: Subnet| fits(config, subnet);
-    let ours =
-        |lease: &&Lease| public_ip.is_some() && lease.attrs.public_ip == public_ip && fits(lease.subnet);
-    if let Some(lease) = snapshot.leases.iter().filter(ours).min_by_key(|lease| lease.subnet) {
+    let ours = |lease: &&Lease| {
+        public_ip.is_some() && lease.attrs.public_ip == public_ip && fits(config, lease.subnet)
+    };
+    let ours = || snapshot.leases.iter().filter(ours);
+    // Several are rare, and Go flanneld takes the one that comes first in etcd.
+    let former = ours().find(|lease| Some(lease.subnet) == previous);
+    if let Some(lease) = former.or_else(|| ours().min_by_key(|lease| subnet_key(&lease.subnet))) {
         return Choice::Reuse(lease.clone());
     }
 
-    let taken: Vec<IpNetwork> = snapshot
-        .leases
-        .iter()
-        .map(|lease| lease.subnet)
-        .chain(snapshot.unreadable.iter().filter_map(|key| key.subnet))
-        .flat_map(|subnet| subnet.networks().collect::<Vec<_>>())
-        // What covers a whole network is nobody's subnet: one bad key must not keep every host out.
-        .filter(|network| !config.networks().any(|whole| within(*network, whole)))
-        .collect();
-    let free = |subnet: &Subnet| {
-        subnet.networks().all(|network| !taken.iter().any(|taken| overlap(*taken, network)))
-    };
-    if let Some(previous) = previous.filter(|previous| fits(*previous) && free(previous)) {
+    let side = |pool: &Option<Pool>| pool.map(|pool| FreeSide::new(pool, snapshot));
+    let free = FreeSubnets { v4: side(&config.v4), v6: side(&config.v6) };
+    if let Some(previous) = previous.filter(|previous| fits(config, *previous) && free.has(*previous)) {
         return Choice::Ask(previous);
     }
-
-    let side = |pool: &Option<Pool>| pool.map(|pool| FreeSide::new(pool, &taken));
-    let free = FreeSubnets { v4: side(&config.v4), v6: side(&config.v6) };
-    if free.v4.iter().chain(&free.v6).any(|side| side.count() == 0) {
+    if free.sides().any(|side| side.count() == 0) {
         return Choice::Exhausted { leased: snapshot.leases.len() };
     }
     Choice::PickFrom(free)
@@ -116,6 +118,15 @@ impl FreeSubnets {
             _ => unreachable!("a config has a pool of at least one family"),
         }
     }
+
+    fn sides(&self) -> impl Iterator<Item = &FreeSide> {
+        self.v4.iter().chain(&self.v6)
+    }
+
+    /// Whether a subnet is free in every family.
+    fn has(&self, subnet: Subnet) -> bool {
+        subnet.networks().all(|part| self.sides().all(|side| side.has(part)))
+    }
 }
 
 /// One family's free subnets, kept as the pool and what is taken out of it,
@@ -128,9 +139,21 @@ struct FreeSide {
 }
 
 impl FreeSide {
-    fn new(pool: Pool, taken: &[IpNetwork]) -> Self {
-        let mut ranges: Vec<(u128, u128)> =
-            taken.iter().filter_map(|network| pool.overlapped_by(*network)).collect();
+    fn new(pool: Pool, snapshot: &Snapshot) -> Self {
+        let unreadable = snapshot.unreadable.iter().filter_map(|key| Some((key.subnet?, None)));
+        let leases = snapshot.leases.iter().map(|lease| (lease.subnet, Some(&lease.attrs)));
+        let parts = leases.chain(unreadable);
+        let parts = parts.flat_map(|(subnet, attrs)| subnet.networks().map(move |part| (part, attrs)));
+        let (regular, odd): (Vec<_>, Vec<_>) = parts.partition(|(part, _)| pool.leases_out(*part));
+        let overlapped = |part: &IpNetwork| pool.overlapped_by(*part);
+        let regular: BTreeSet<(u128, u128)> =
+            regular.iter().filter_map(|(part, _)| overlapped(part)).collect();
+        let odd =
+            odd.into_iter().filter(|(part, attrs)| attrs.is_some_and(|attrs| stands(pool, *part, attrs)));
+        let odd = odd.filter_map(|(part, _)| overlapped(&part));
+        let odd =
+            odd.filter(|(first, last)| regular.range((*first, *first)..=(*last, *last)).next().is_none());
+        let mut ranges: Vec<(u128, u128)> = odd.chain(regular.iter().copied()).collect();
         ranges.sort_unstable();
         let mut blocks: Vec<(u128, u128)> = Vec::new();
         for (first, last) in ranges {
@@ -140,6 +163,13 @@ impl FreeSide {
             }
         }
         Self { pool, blocks }
+    }
+
+    /// Whether a subnet of the pool is free; one of the other family is none of its business.
+    fn has(&self, part: IpNetwork) -> bool {
+        let Some((index, _)) = self.pool.overlapped_by(part) else { return true };
+        let next = self.blocks.partition_point(|(_, last)| *last < index);
+        self.blocks.get(next).is_none_or(|(first, _)| index < *first)
     }
 
     fn count(&self) -> u128 {
@@ -160,12 +190,13 @@ impl FreeSide {
     }
 }
 
-fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
-    match (one, other) {
-        (IpNetwork::V4(one), IpNetwork::V4(other)) => one.overlaps(other),
-        (IpNetwork::V6(one), IpNetwork::V6(other)) => one.overlaps(other),
-        _ => false,
-    }
+/// Whether the hosts route to a subnet that the pool does not hand out, if
+/// nobody who goes before it claims the same.
+fn stands(pool: Pool, part: IpNetwork, attrs: &LeaseAttrs) -> bool {
+    let address = attrs.public_address(&part);
+    let is_host = |address| no_host(address).is_none() && !pool.network.contains(address);
+    // A network holds four subnets or more, whatever its config.
+    part.ip() == part.network() && part.prefix() >= pool.network.prefix() + 2 && address.is_some_and(is_host)
 }
 
 #[cfg(test)]
@@ -208,6 +239,25 @@ mod tests {
         let choice = choose(&config(), &snapshot, Some(US), Some(subnet("10.5.1.0/24")));
 
         assert_eq!(choice, Choice::Reuse(snapshot.leases[1].clone()));
+    }
+
+    #[test]
+    fn of_several_leases_of_ours_the_one_we_had_before_is_ours_or_else_the_first_in_etcd() {
+        let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
+        let snapshot = leases(&[
+            ("10.5.2.0/24", "192.168.0.1"),
+            ("10.5.9.0/24", "192.168.0.1"),
+            ("10.5.10.0/24", "192.168.0.1"),
+        ]);
+        let reused = |previous: Option<&str>| match choose(&config, &snapshot, Some(US), previous.map(subnet))
+        {
+            Choice::Reuse(lease) => lease.subnet.to_string(),
+            other => panic!("{other:?}"),
+        };
+
+        assert_eq!(reused(Some("10.5.9.0/24")), "10.5.9.0/24");
+        assert_eq!(reused(Some("10.5.3.0/24")), "10.5.10.0/24", "10.5.10.0-24 is before 10.5.2.0-24");
+        assert_eq!(reused(None), "10.5.10.0/24");
     }
 
     #[test]
@@ -262,9 +312,12 @@ mod tests {
 
     #[test]
     fn what_overlaps_a_lease_of_any_length_is_not_free() {
-        let snapshot = leases(&[("10.5.2.0/23", "192.168.0.2"), ("10.5.3.64/26", "192.168.0.3")]);
+        let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/21"}"#).unwrap();
+        let snapshot = leases(&[("10.5.2.0/23", "192.168.0.2"), ("10.5.4.64/26", "192.168.0.3")]);
 
-        assert_eq!(picks(choose(&config(), &snapshot, Some(US), None)), ["10.5.1.0/24"]);
+        let choice = choose(&config, &snapshot, Some(US), None);
+
+        assert_eq!(picks(choice), ["10.5.1.0/24", "10.5.5.0/24", "10.5.6.0/24", "10.5.7.0/24"]);
     }
 
     #[test]
@@ -281,9 +334,71 @@ mod tests {
 
     #[test]
     fn a_full_range_is_exhausted() {
-        let snapshot = leases(&[("10.5.1.0/24", "192.168.0.2"), ("10.5.2.0/23", "192.168.0.3")]);
+        let of = |third| (["10.5.1.0/24", "10.5.2.0/24", "10.5.3.0/24"][third], "192.168.0.2");
 
-        assert_eq!(choose(&config(), &snapshot, Some(US), None), Choice::Exhausted { leased: 2 });
+        let choice = choose(&config(), &leases(&[of(0), of(1), of(2)]), Some(US), None);
+
+        assert_eq!(choice, Choice::Exhausted { leased: 3 });
+    }
+
+    /// What is free beside some leases in a /16 of 255 subnets.
+    fn count_free(snapshot: &Snapshot) -> usize {
+        let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
+        match choose(&config, snapshot, Some(US), None) {
+            Choice::PickFrom(free) => free.v4.unwrap().count().try_into().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_larger_subnet_of_former_days_takes_all_that_it_overlaps() {
+        assert_eq!(count_free(&leases(&[("10.5.64.0/18", "192.168.0.2")])), 255 - 64);
+        assert_eq!(
+            count_free(&leases(&[("10.5.0.0/20", "192.168.0.2"), ("10.5.20.0/24", "192.168.0.3")])),
+            255 - 15 - 1
+        );
+    }
+
+    #[test]
+    fn a_key_wider_than_any_config_allows_takes_nothing() {
+        assert_eq!(
+            count_free(&leases(&[("10.5.0.0/17", "192.168.0.2"), ("10.5.128.0/17", "192.168.0.3")])),
+            255
+        );
+    }
+
+    #[test]
+    fn a_wide_key_that_overlaps_a_subnet_of_the_config_takes_nothing_but_that() {
+        let honest = [("10.5.70.0/24", "192.168.0.3"), ("10.5.128.0/26", "192.168.0.4")];
+        let with = |wide: &[(&str, &str)]| count_free(&leases(&[&honest, wide].concat()));
+
+        assert_eq!(with(&[("10.5.64.0/18", "192.168.0.2")]), with(&[]));
+        assert_eq!(with(&[("10.5.128.0/18", "192.168.0.2")]), 255 - 1 - 64, "the /26 does not go before it");
+    }
+
+    #[test]
+    fn a_wide_key_that_nobody_routes_to_takes_nothing() {
+        for address in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "10.5.3.4"] {
+            assert_eq!(count_free(&leases(&[("10.5.64.0/18", address)])), 255, "{address}");
+        }
+        assert_eq!(count_free(&leases(&[("10.5.64.9/18", "192.168.0.2")])), 255, "host bits");
+        let mut unreadable = leases(&[]);
+        for (key, text) in [("10.5.64.0-18", "10.5.64.0/18"), ("10.5.7.0-24", "10.5.7.0/24")] {
+            let reason = "not JSON".into();
+            unreadable.unreadable.push(Unreadable { key: key.into(), subnet: Some(subnet(text)), reason });
+        }
+        assert_eq!(count_free(&unreadable), 254, "the /24 alone");
+    }
+
+    #[test]
+    fn the_subnet_we_had_before_is_free_within_a_wide_key_that_takes_nothing() {
+        let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
+        let ask =
+            |others: &[(&str, &str)]| choose(&config, &leases(others), Some(US), Some(subnet("10.5.2.0/24")));
+        let (wide, inside) = (("10.5.0.0/18", "192.168.0.2"), ("10.5.1.0/24", "192.168.0.3"));
+
+        assert_eq!(ask(&[wide, inside]), Choice::Ask(subnet("10.5.2.0/24")));
+        assert!(matches!(ask(&[wide]), Choice::PickFrom(_)));
     }
 
     #[test]
@@ -305,19 +420,20 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_pick_is_always_free(taken in proptest::collection::vec((0u8..=255, 20u8..=28), 0..40), dice: u64) {
+        fn a_pick_is_always_free(taken in proptest::collection::vec((1u8..=255, 18u8..=28), 0..40), dice: u64) {
             let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
-            let networks: Vec<String> =
-                taken.iter().map(|(third, len)| format!("10.5.{third}.0/{len}")).collect();
+            let networks: Vec<String> = taken.iter().map(|(third, len)| format!("10.5.{third}.0/{len}")).collect();
             let pairs: Vec<(&str, &str)> = networks.iter().map(|network| (network.as_str(), "192.168.0.2")).collect();
             let snapshot = leases(&pairs);
 
             if let Choice::PickFrom(free) = choose(&config, &snapshot, Some(US), None) {
-                let picked = free.pick((dice, 0));
-                for lease in &snapshot.leases {
-                    let (one, other) = (picked.v4().unwrap(), lease.subnet.v4().unwrap());
-                    proptest::prop_assert!(!one.overlaps(other), "{one} overlaps {other}");
+                let picked = free.pick((dice, 0)).v4().unwrap();
+                for lease in snapshot.leases.iter().filter_map(|lease| lease.subnet.v4()) {
+                    let beaten = pairs.iter().any(|(other, _)| other.ends_with("/24") && lease.overlaps(other.parse().unwrap()));
+                    let counts = lease.prefix() == 24 || lease.ip() == lease.network() && !beaten;
+                    proptest::prop_assert!(!counts || !picked.overlaps(lease), "{picked} overlaps {lease}");
                 }
+                proptest::prop_assert!(free.has(Subnet::V4(picked)));
             }
         }
     }

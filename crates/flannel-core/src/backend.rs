@@ -10,9 +10,11 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
+use crate::claim::{overlap, within};
 use crate::json::{BadValue, Object};
-use crate::lease::{Lease, LeaseAttrs};
-use crate::network::{ConfigError, NetworkConfig};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
+use crate::network::{ConfigError, NetworkConfig, Pool};
+use crate::shown::shown;
 use crate::state::{self, HostState, LinkName, MacAddr};
 use crate::underlay::Underlay;
 
@@ -28,14 +30,29 @@ pub use vxlan::{VXLAN_OVERHEAD, VxlanBackend};
 /// our own lease, like anybody's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// The cluster's networks.
-    pub networks: Vec<IpNetwork>,
+    /// The cluster's networks, and which subnets of them are handed out.
+    pub pools: Vec<Pool>,
     /// The interface between the hosts.
     pub underlay: Underlay,
     /// Our own lease.
     pub lease: Lease,
     /// An MTU of our device that somebody else insists on, in bytes; `None` for the one that follows from the underlay.
     pub mtu: Option<u32>,
+}
+
+impl Node {
+    /// The cluster's networks.
+    pub fn networks(&self) -> impl Iterator<Item = IpNetwork> {
+        self.pools.iter().map(|pool| pool.network)
+    }
+
+    /// Whether the network config could hand a subnet out; a part of a family
+    /// that this host does not have is not looked at.
+    pub fn hands_out(&self, subnet: Subnet) -> bool {
+        subnet.networks().all(|part| {
+            self.pools.iter().all(|pool| pool.is_ipv4() != part.is_ipv4() || pool.leases_out(part))
+        })
+    }
 }
 
 /// A kind of connection between hosts.
@@ -127,49 +144,85 @@ fn reachable_parts(node: &Node, peer: &Lease, kind: &str) -> Result<Vec<(IpNetwo
     if peer.attrs.backend_type != kind {
         return Err(match &*peer.attrs.backend_type {
             "" => "it names no backend".into(),
-            other => format!("its backend is {other}"),
+            other => format!("its backend is {}", shown(other)),
         });
     }
     let mut parts = Vec::new();
-    for subnet in peer.subnet.networks() {
-        let Some(network) = node.networks.iter().find(|network| network.is_ipv4() == subnet.is_ipv4()) else {
+    for part in peer.subnet.networks() {
+        let Some(pool) = node.pools.iter().find(|pool| pool.is_ipv4() == part.is_ipv4()) else {
             continue;
         };
-        if subnet.ip() != subnet.network() {
-            return Err(format!("its subnet has host bits set: {subnet}"));
+        if let Some(flaw) = flaw_of_subnet(node, pool, part) {
+            return Err(format!("its subnet {flaw}"));
         }
-        if !crate::claim::within(*network, subnet) {
-            return Err(format!("its subnet is outside {network}"));
-        }
-        let ours = node.lease.subnet.networks();
-        if let Some(own) = ours.into_iter().find(|own| own.contains(subnet.ip()) || subnet.contains(own.ip()))
-        {
-            return Err(format!("its subnet overlaps ours, {own}"));
-        }
-        let Some(address) = peer.attrs.public_address(&subnet) else {
+        let Some(address) = peer.attrs.public_address(&part) else {
             return Err("it has no public address".into());
         };
-        if let Some(flaw) = flaw_of(node, address) {
+        if let Some(flaw) = flaw_of_address(node, address) {
             return Err(format!("its public address {address} {flaw}"));
         }
-        parts.push((subnet, address));
+        parts.push((part, address));
     }
     if parts.is_empty() { Err("it has no subnet of a family that we have".into()) } else { Ok(parts) }
 }
 
+/// What makes a prefix no subnet of a peer.
+fn flaw_of_subnet(node: &Node, pool: &Pool, part: IpNetwork) -> Option<String> {
+    let network = pool.network;
+    if part.ip() != part.network() {
+        return Some(format!("has host bits set: {part}"));
+    }
+    if part.prefix() == 0 {
+        return Some("is the default route".into());
+    }
+    if part == network {
+        return Some(format!("is all of {network}"));
+    }
+    if within(part, network) {
+        return Some(format!("contains all of {network}"));
+    }
+    if !within(network, part) {
+        return Some(format!("is outside {network}"));
+    }
+    if let Some(own) = node.lease.subnet.networks().find(|own| overlap(*own, part)) {
+        return Some(format!("overlaps ours, {own}"));
+    }
+    // A route to it would take the way to the other hosts away.
+    let near = node.underlay.networks.iter().find(|near| overlap(**near, part))?;
+    Some(format!("overlaps {near}, where {} has an address", node.underlay.link))
+}
+
 /// What makes an address no address of a peer.
-fn flaw_of(node: &Node, address: IpAddr) -> Option<&'static str> {
+fn flaw_of_address(node: &Node, address: IpAddr) -> Option<String> {
     let underlay = &node.underlay;
-    let ours = [underlay.address.into(), underlay.public_address()];
-    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || broadcast {
-        Some("is not the address of one host")
-    } else if ours.contains(&address) {
-        Some("is our own")
-    } else if node.networks.iter().any(|network| network.contains(address)) {
-        Some("lies inside the network itself")
-    } else {
-        None
+    if let Some(flaw) = no_host(address) {
+        return Some(flaw.into());
+    }
+    if [underlay.address.into(), underlay.public_address()].contains(&address) {
+        return Some("is our own".into());
+    }
+    if let Some(network) = node.networks().find(|network| network.contains(address)) {
+        return Some(format!("lies in {network} itself"));
+    }
+    // The last two addresses of a network of two are hosts (RFC 3021), and IPv6 has no broadcast.
+    let mut near = underlay.networks.iter().filter(|near| near.is_ipv4() && near.prefix() < 31);
+    near.find_map(|near| match address {
+        address if address == near.broadcast() => Some(format!("is the broadcast address of {near}")),
+        address if address == near.network() => Some(format!("is the network address of {near}")),
+        _ => None,
+    })
+}
+
+/// What makes an address nobody's, on any host (RFC 6890, and RFC 1112 for the last 240/4).
+pub(crate) fn no_host(address: IpAddr) -> Option<&'static str> {
+    match address {
+        address if address.is_unspecified() => Some("is unspecified"),
+        address if address.is_loopback() => Some("is a loopback address"),
+        address if address.is_multicast() => Some("is a multicast address"),
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("is the broadcast address"),
+        IpAddr::V4(v4) if v4.octets()[0] == 0 => Some("lies in 0.0.0.0/8, which is nobody's"),
+        IpAddr::V4(v4) if v4.octets()[0] >= 240 => Some("lies in 240.0.0.0/4, which is reserved"),
+        _ => None,
     }
 }
 

@@ -93,6 +93,11 @@ pub fn within(outer: IpNetwork, inner: IpNetwork) -> bool {
     inner.prefix() >= outer.prefix() && outer.contains(inner.ip())
 }
 
+/// Whether two prefixes have an address in common.
+pub fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
+    one.contains(other.network()) || other.contains(one.network())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,8 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use crate::shown::shown;
+
 /// A value that is not what its key allows.
 ///
 /// Trying again helps only once somebody has changed the value.
@@ -42,7 +44,7 @@ impl Object {
     pub fn parse(path: &str, text: &str) -> Result<Self, BadValue> {
         let bad = |allowed: String| BadValue {
             key: if path.is_empty() { "the value".into() } else { path.into() },
-            found: shorten(text),
+            found: shown(text),
             allowed,
         };
         match serde_json::from_str::<Members>(text) {
@@ -101,15 +103,24 @@ impl Object {
         self.get(key).map(|text| Object::parse(&self.named(key), text)).transpose()
     }
 
-    /// The names of members that are none of `known`, with their parents.
+    /// The names of members that are none of `known`, with their parents; only
+    /// the first of them if there are many.
     pub fn unknown(&self, known: &[&str]) -> Vec<String> {
+        const MOST: usize = 20;
         let is_known = |name: &str| known.iter().any(|key| key.eq_ignore_ascii_case(name));
-        self.members.iter().filter(|(name, _)| !is_known(name)).map(|(name, _)| self.named(name)).collect()
+        let unknown = self.members.iter().filter(|(name, _)| !is_known(name));
+        let mut names: Vec<String> =
+            unknown.clone().take(MOST).map(|(name, _)| self.named(&shown(name))).collect();
+        let more = unknown.count() - names.len();
+        if more > 0 {
+            names.push(format!("and {more} more"));
+        }
+        names
     }
 
     /// The error for a member of this object that is not as `allowed` says.
     pub fn bad(&self, key: &str, allowed: impl Into<String>) -> BadValue {
-        let found = self.get(key).map_or_else(|| "missing".into(), shorten);
+        let found = self.get(key).map_or_else(|| "missing".into(), shown);
         BadValue { key: self.named(key), found, allowed: allowed.into() }
     }
 
@@ -121,16 +132,6 @@ impl Object {
         let Some(text) = self.get(key) else { return Ok(None) };
         serde_json::from_str(text).map(Some).map_err(|_| self.bad(key, allowed))
     }
-}
-
-/// At most 80 characters of `text`, on one line.
-fn shorten(text: &str) -> String {
-    const MOST: usize = 80;
-    let mut line: String = text.chars().take(MOST).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.chars().nth(MOST).is_some() {
-        line.push('…');
-    }
-    if line.is_empty() { "empty".into() } else { line }
 }
 
 struct Members(Vec<(String, Box<RawValue>)>);
@@ -193,6 +194,83 @@ mod tests {
         let error = Object::parse("", &long).unwrap_err();
 
         assert!(error.to_string().len() < 200, "{error}");
+    }
+
+    #[test]
+    fn what_would_bend_the_log_is_written_out() {
+        let object = Object::parse("", "{\"Network\":\"\u{9b}2J\",\"\u{202e}\":1,\"a\\n\":1}").unwrap();
+        let torn = Object::parse("", "\u{1b}[2J\n{").unwrap_err().to_string();
+
+        assert_eq!(
+            object.bad("Network", "a prefix").to_string(),
+            r#"Network is "\u{9b}2J": must be a prefix"#
+        );
+        assert_eq!(object.unknown(&["Network"]), [r"\u{202e}", r"a\n"]);
+        assert!(torn.starts_with(r"the value is \u{1b}[2J\n{: must be a JSON object ("), "{torn}");
+    }
+
+    #[test]
+    fn of_many_unknown_keys_the_first_are_named() {
+        let members: Vec<String> = (0..100_000).map(|number| format!(r#""key {number}":{number}"#)).collect();
+        let object = Object::parse("Backend", &format!("{{{}}}", members.join(","))).unwrap();
+
+        let unknown = object.unknown(&[]);
+
+        assert_eq!((unknown.len(), &*unknown[19], &*unknown[20]), (21, "Backend.key 19", "and 99980 more"));
+    }
+
+    #[test]
+    fn text_of_any_depth_is_read_or_refused_without_climbing_down() {
+        for (open, close) in [("[", "]"), (r#"{"a":"#, "}"), ("[{\"a\":", "}]")] {
+            let deep = format!("{}1{}", open.repeat(100_000), close.repeat(100_000));
+            let torn = open.repeat(100_000);
+            assert!(Object::parse("", &torn).is_err());
+            assert!(Object::parse("", &format!(r#"{{"A":{torn}"#)).is_err());
+            drop(Object::parse("", &deep));
+
+            let object = Object::parse("", &format!(r#"{{"A":{deep},"B":1}}"#)).unwrap();
+            assert_eq!(object.number("B", 0..=1).unwrap(), Some(1));
+            assert!(object.text("A").is_err() && object.number("A", 0..=1).is_err());
+            assert_eq!(object.object("A").is_ok(), open.starts_with('{'));
+        }
+    }
+
+    #[test]
+    fn numbers_and_texts_that_no_type_holds_are_refused_by_name() {
+        let long = "x".repeat(1 << 20);
+        let object = Object::parse(
+            "",
+            &format!(r#"{{"A":1e999,"B":-0,"C":"\ud800","D":"{long}","E":99999999999999999999}}"#),
+        )
+        .unwrap();
+
+        assert_eq!(
+            object.number("A", 0..=1).unwrap_err().to_string(),
+            "A is 1e999: must be a whole number from 0 to 1"
+        );
+        assert!(object.number("B", 0..=1).is_err() && object.number("E", 0..=1).is_err());
+        assert!(object.text("C").is_err());
+        assert_eq!(object.text("D").unwrap().map(|text| text.len()), Some(1 << 20));
+        assert!(object.parsed::<u8>("D", "a byte").unwrap_err().to_string().len() < 100);
+    }
+
+    #[test]
+    fn a_key_that_is_no_text_spoils_its_object_only() {
+        let object = Object::parse("", r#"{"A":{"\ud800":1},"B":1}"#).unwrap();
+
+        assert!(object.object("A").is_err());
+        assert_eq!(object.number("B", 0..=1).unwrap(), Some(1));
+        let lossy = String::from_utf8_lossy(b"{\"A\xff\":\"\xfe\"}").into_owned();
+        assert_eq!(Object::parse("", &lossy).unwrap().unknown(&[]), ["A\u{fffd}"]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_whatever_makes_reading_panic(text in r#"(\{"[A-c]":){0,3}([\[\]{}:,"\\u0-9eE+\-. a-z]|\PC){0,40}"#) {
+            if let Ok(object) = Object::parse("", &text) {
+                drop((object.text("A"), object.number("A", 0..=9), object.object("A"), object.unknown(&["A"])));
+            }
+        }
     }
 
     #[test]

@@ -15,7 +15,15 @@ use serde::ser::{Serialize, SerializeStruct, Serializer};
 use serde_json::value::RawValue;
 
 use crate::json::{BadValue, Object};
+use crate::shown::shown;
 use crate::state::MacAddr;
+
+/// In bytes: backend data of more than this is not kept. What any backend
+/// publishes is well below it, and a host keeps the data of every peer.
+pub const MOST_DATA: usize = 1024;
+
+/// In bytes: no backend has a longer name.
+const MOST_TYPE: usize = 64;
 
 /// The identity of a lease: an IPv4 prefix, an IPv6 prefix, or both.
 ///
@@ -103,11 +111,26 @@ pub enum BackendData {
     },
     /// Anything else, as it stands.
     Json(RawJson),
+    /// So many bytes of something: more than [`MOST_DATA`], and not kept.
+    TooLong(usize),
 }
 
 impl BackendData {
     fn read(text: &str) -> Self {
-        Self::vtep(text).unwrap_or_else(|| Self::Json(RawJson(text.into())))
+        match Self::vtep(text) {
+            Some(vtep) => vtep,
+            None if text.len() > MOST_DATA => Self::TooLong(text.len()),
+            None => Self::Json(RawJson(text.into())),
+        }
+    }
+
+    /// The address of a tunnel's end, if it names one.
+    pub fn mac(&self) -> Option<MacAddr> {
+        match self {
+            Self::Vtep { mac, .. } => Some(*mac),
+            Self::Json(json) => Object::parse("", json.as_str()).ok()?.text("VtepMAC").ok()??.parse().ok(),
+            Self::TooLong(_) => None,
+        }
     }
 
     /// What `text` says if it is a VXLAN node's and says nothing else.
@@ -133,6 +156,7 @@ impl Serialize for BackendData {
                 object.end()
             }
             Self::Json(json) => json.serialize(serializer),
+            Self::TooLong(_) => serializer.serialize_none(),
         }
     }
 }
@@ -144,7 +168,7 @@ pub struct LeaseAttrs {
     pub public_ip: Option<Ipv4Addr>,
     /// Where the node is reached over IPv6.
     pub public_ipv6: Option<Ipv6Addr>,
-    /// `vxlan`, `host-gw` …; empty for backends that publish no type.
+    /// `vxlan`, `host-gw` …; empty for backends that publish no type. Of what is too long for a name only the beginning.
     pub backend_type: Cow<'static, str>,
     /// The backend's own words for IPv4.
     pub backend_data: Option<BackendData>,
@@ -182,6 +206,14 @@ impl LeaseAttrs {
         json.replace('&', "\\u0026").replace('<', "\\u003c").replace('>', "\\u003e")
     }
 
+    /// The backend's own words for the family of `subnet`.
+    pub fn data(&self, subnet: &IpNetwork) -> Option<&BackendData> {
+        match subnet {
+            IpNetwork::V4(_) => self.backend_data.as_ref(),
+            IpNetwork::V6(_) => self.backend_v6_data.as_deref(),
+        }
+    }
+
     /// The public address of the same family as `subnet`.
     pub fn public_address(&self, subnet: &IpNetwork) -> Option<IpAddr> {
         match subnet {
@@ -212,7 +244,11 @@ impl Serialize for LeaseAttrs {
 /// The usual backend names are shared, not kept once per peer.
 fn interned(name: String) -> Cow<'static, str> {
     const USUAL: [&str; 7] = ["", "vxlan", "host-gw", "wireguard", "ipip", "ipsec", "extension"];
-    USUAL.into_iter().find(|usual| *usual == name).map_or(Cow::Owned(name), Cow::Borrowed)
+    match USUAL.into_iter().find(|usual| *usual == name) {
+        Some(usual) => Cow::Borrowed(usual),
+        None if name.len() > MOST_TYPE => Cow::Owned(shown(&name)),
+        None => Cow::Owned(name),
+    }
 }
 
 /// Whether a lease ends when nobody renews it.
@@ -242,6 +278,32 @@ pub enum Expiry {
     At(Instant),
     /// Never: it is a reservation.
     Never,
+}
+
+/// Which host this is, whatever its addresses: two hosts with one address, or
+/// with one disk copied to the other, are told apart by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostIdentity {
+    /// Chosen at random once and kept on the host's disk.
+    pub id: String,
+    /// The kernel's, of this boot (`/proc/sys/kernel/random/boot_id`).
+    pub boot: String,
+    /// The host's name, for people.
+    pub name: String,
+}
+
+impl HostIdentity {
+    /// Whether `other` is this very machine, and not a copy of it.
+    pub fn is_same_machine(&self, other: &Self) -> bool {
+        self.id == other.id && self.boot == other.boot
+    }
+}
+
+impl fmt::Display for HostIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Another host has written it into the store.
+        write!(f, "{} (host id {})", shown(&self.name), shown(&self.id))
+    }
 }
 
 /// Our own lease, as the store gave it to us.
@@ -316,6 +378,35 @@ mod tests {
 
             assert_eq!(attrs.backend_data, Some(BackendData::Json(RawJson(data.into()))), "{data}");
         }
+    }
+
+    #[test]
+    fn of_what_is_longer_than_any_backend_s_words_nothing_is_kept() {
+        let long = "x".repeat(MOST_DATA);
+        let attrs = LeaseAttrs::from_json(&format!(
+            r#"{{"PublicIP":"192.168.77.1","BackendType":"{long}","BackendData":"{long}","BackendV6Data":["{long}"]}}"#
+        ))
+        .unwrap();
+
+        assert_eq!(attrs.public_ip, vxlan().public_ip);
+        assert!(attrs.backend_type.len() <= MOST_TYPE, "{}", attrs.backend_type);
+        assert_eq!(attrs.backend_data, Some(BackendData::TooLong(MOST_DATA + 2)));
+        assert_eq!(attrs.backend_v6_data.as_deref(), Some(&BackendData::TooLong(MOST_DATA + 4)));
+        assert!(
+            attrs.to_json().ends_with(r#""BackendData":null,"BackendV6Data":null}"#),
+            "{}",
+            attrs.to_json()
+        );
+    }
+
+    #[test]
+    fn words_of_another_host_stay_on_one_line() {
+        let host = HostIdentity { id: "0".repeat(1000), boot: "b".into(), name: "web-1\n\u{1b}[2J".into() };
+
+        let words = host.to_string();
+
+        assert!(words.starts_with(r"web-1\n\u{1b}[2J (host id 000"), "{words}");
+        assert!(words.len() < 120, "{words}");
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub struct NetworkConfig {
     pub backend: Option<Object>,
     /// Keys that nobody knows, each worth a warning.
     pub unknown: Vec<String>,
+    /// All of it, as it stands in the store.
+    pub text: Box<str>,
 }
 
 const KEYS: [&str; 12] = [
@@ -102,6 +104,7 @@ impl NetworkConfig {
             engine,
             backend: object.object("Backend")?,
             unknown: object.unknown(&KEYS),
+            text: text.into(),
         })
     }
 
@@ -219,8 +222,12 @@ impl Pool {
         let max = keys.address(object, keys.max)?;
 
         let network = match network {
-            Some(network) if network.prefix() > 0 || !network.ip().is_unspecified() => network,
-            _ if required => return Err(object.bad(keys.network, allowed)),
+            Some(network) if network.prefix() > 0 => network,
+            // The unspecified one is as good as absent, any other with a length of 0 a mistake.
+            Some(network) if required || !network.ip().is_unspecified() => {
+                return Err(object.bad(keys.network, allowed));
+            }
+            None if required => return Err(object.bad(keys.network, allowed)),
             _ => return Ok(None),
         };
         let prefix = network.prefix();
@@ -274,6 +281,11 @@ impl Pool {
             ));
         }
         Ok(Some(Self { network, subnet_len, min, max }))
+    }
+
+    /// Of which family it is.
+    pub fn is_ipv4(&self) -> bool {
+        self.network.is_ipv4()
     }
 
     /// How many subnets may be leased.

@@ -1,11 +1,31 @@
 //! The plan for a whole cluster, and for the change of one peer.
 //!
 //! A backend plans one peer at a time. What remains to be decided between
-//! peers is decided here. Two that publish one MAC cannot both have its
-//! forwarding entry, nor can two whose subnets begin at one address both have its
-//! neighbour entry: the lower subnet has it and the other is skipped, on every
-//! host alike and whichever came first. And with many peers their routes lead
-//! through nexthop objects, see [`RouteMode`].
+//! peers is decided here: who has it where several claim one thing.
+//!
+//! ```text
+//!   overlapping subnets    a packet goes to one host
+//!   one VTEP MAC           it has one forwarding entry
+//!   one public address     one host has it
+//! ```
+//!
+//! One rule decides, and every host comes to the same answer with it, whichever
+//! lease came first. A subnet that the network config could hand out (of
+//! `SubnetLen`, from `SubnetMin` to `SubnetMax`) goes before one that it could
+//! not, so that no lease of half the network takes the hosts in there away. Of
+//! two alike the lower goes first, and one of IPv4 alone before one of both
+//! families. Whoever comes after another one that claims the same is skipped.
+//!
+//! The answer depends on the two and on nobody else. One that is skipped claims
+//! no less for it, or a third could turn all answers around. But one that the
+//! backend cannot plan claims nothing at all.
+//!
+//! Two leases with the same MAC *and* the same public address do not dispute
+//! them: that is one host with two subnets. It has moved to another while the
+//! lease that it left is still there, for up to a day; both lead to it, and it
+//! knows best which one it lives on.
+//!
+//! And with many peers their routes lead through nexthop objects, see [`RouteMode`].
 //!
 //! ```text
 //!   snapshot          plan(all leases)      → Plan{desired, skipped}
@@ -13,16 +33,18 @@
 //! ```
 //!
 //! The second gives the same as the first would, at the cost of the peers that
-//! the change touches.
+//! the change touches: those that come after the changed one and claim the same.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeSet;
 
 use crate::backend::{Backend, Node};
-use crate::lease::{Lease, Subnet};
-use crate::state::{HostState, MacAddr, Nexthop, NexthopId, Object};
+use crate::lease::{BackendData, Lease, Subnet};
+use crate::state::{HostState, Nexthop, NexthopId, Object};
 use crate::view::{Change, LeaseView};
+
+use claims::{Claimed, Claims, Rank, Standing};
+
+mod claims;
 
 /// How the routes by our own device say where they lead.
 ///
@@ -91,29 +113,21 @@ pub struct Planner {
     able: bool,
     /// Whether routes by our devices lead through nexthop objects now.
     through_nexthops: bool,
-    /// Which peers want the entry of a MAC or of an address. The lowest has it.
-    claimants: BTreeMap<Claimed, Claimants>,
+    /// Who claims what.
+    claims: Claims,
 }
 
-/// What only one peer can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Claimed {
-    /// A forwarding entry.
-    Mac(MacAddr),
-    /// A neighbour entry.
-    Gateway(IpAddr),
-}
-
-/// Nearly always there is one.
-enum Claimants {
-    One(Subnet),
-    Several(BTreeSet<Subnet>),
+/// A peer that the backend can plan.
+struct Candidate {
+    rank: Rank,
+    claims: Vec<Claimed>,
+    wanted: Vec<Object>,
 }
 
 impl Planner {
     /// A planner for `node`; it knows no peers yet.
     pub fn new(backend: Box<dyn Backend>, node: Node, mode: RouteMode) -> Self {
-        Self { backend, node, mode, able: true, through_nexthops: false, claimants: BTreeMap::new() }
+        Self { backend, node, mode, able: true, through_nexthops: false, claims: Claims::default() }
     }
 
     /// The node it plans for.
@@ -144,16 +158,27 @@ impl Planner {
 
     /// The plan for all peers in `view`.
     pub fn plan(&mut self, view: &LeaseView) -> Plan {
-        self.claimants.clear();
         self.through_nexthops = self.wants_nexthops(view);
-        let mut skipped = Vec::new();
-        // In the order of subnets, so that whoever comes first to something is the one who has it.
-        let objects = view.peers(self.node.lease.subnet).flat_map(|peer| {
-            let planned = self.plan_peer(&peer);
-            if let Ok(wanted) = &planned {
-                self.claim(peer.subnet, wanted);
+        let own = self.node.lease.subnet;
+        // Who claims what comes first. To plan everybody twice costs less than to keep what everybody wants until then.
+        let mut claims = Vec::with_capacity(3 * view.count_peers(own));
+        for peer in view.peers(own) {
+            if let Ok(wanted) = self.plan_peer(&peer) {
+                let rank = self.rank(&peer);
+                claims.extend(claims_of(&peer, &wanted).map(|claimed| (claimed, rank)));
             }
-            planned.and_then(|wanted| self.undisputed(peer.subnet, wanted)).unwrap_or_else(|reason| {
+        }
+        self.claims = claims.into();
+        // Few claim what others claim too, and only of those it is to be asked who has it.
+        let contenders = self.claims.contenders();
+
+        let mut skipped = Vec::new();
+        let objects = view.peers(own).flat_map(|peer| {
+            let wanted = match contenders.contains(&peer.subnet) {
+                true => self.candidate(&peer).and_then(|contender| self.granted(contender)),
+                false => self.plan_peer(&peer),
+            };
+            wanted.unwrap_or_else(|reason| {
                 skipped.push(Skipped { subnet: peer.subnet, reason });
                 vec![]
             })
@@ -175,42 +200,47 @@ impl Planner {
         let Some(subnet) = change.subnet().filter(|subnet| *subnet != self.node.lease.subnet) else {
             return Some(patch);
         };
-        let plan = |lease: &Option<Lease>| lease.as_ref().map(|lease| self.plan_peer(lease));
-        let (was, is) = (plan(&change.before), plan(&change.after));
+        let candidate = |lease: &Option<Lease>| lease.as_ref().map(|lease| self.candidate(lease));
+        let (was, is) = (candidate(&change.before), candidate(&change.after));
 
-        // The peer itself, and whoever disputes something with what it was or is.
-        let mut touched = BTreeSet::new();
-        for wanted in [&was, &is].into_iter().flatten().flatten() {
-            for claimants in claimed(wanted).filter_map(|key| self.claimants.get(&key)) {
-                touched.extend(claimants.iter());
-            }
+        // Beside the peer itself: whoever may gain or lose something by what it was or is, and whoever has an object in
+        // common with any of these.
+        let itself = || [&was, &is].into_iter().flatten().flatten();
+        let find = |peers: BTreeSet<Subnet>| -> Vec<Candidate> {
+            let others = peers.iter().filter(|peer| **peer != subnet);
+            others.filter_map(|peer| self.candidate(&view.get(peer)?).ok()).collect()
+        };
+        let mut touched = find(itself().flat_map(|candidate| self.behind(candidate)).collect());
+        let mut common: BTreeSet<Subnet> =
+            itself().chain(&touched).flat_map(|candidate| self.in_common(candidate)).collect();
+        for candidate in &touched {
+            common.remove(&candidate.rank.subnet);
         }
-        touched.remove(&subnet);
-        let rivals: Vec<(Subnet, Vec<Object>)> = touched
-            .into_iter()
-            .filter_map(|rival| Some((rival, self.plan_peer(&view.get(&rival)?).ok()?)))
-            .collect();
+        touched.extend(find(common));
 
-        let had = rivals.iter().cloned().chain(was.and_then(Result::ok).map(|wanted| (subnet, wanted)));
-        let had: Vec<(Subnet, Vec<Object>)> = had.collect();
-        for (peer, wanted) in &had {
-            patch.before.extend(self.undisputed(*peer, wanted.clone()).unwrap_or_default());
+        let was = was.and_then(Result::ok);
+        for had in touched.iter().chain(&was).filter(|had| self.dispute(had).is_none()) {
+            patch.before.extend(had.wanted.iter().cloned());
         }
-        if let Some((_, wanted)) = had.iter().find(|(peer, _)| *peer == subnet) {
-            self.disclaim(subnet, wanted);
+        if let Some(Candidate { rank, claims, .. }) = &was {
+            claims.iter().for_each(|claimed| self.claims.remove(*claimed, *rank));
         }
-        if let Some(Ok(wanted)) = &is {
-            self.claim(subnet, wanted);
+        if let Some(Ok(Candidate { rank, claims, .. })) = &is {
+            claims.iter().for_each(|claimed| self.claims.insert(*claimed, *rank));
         }
-        let now = rivals.into_iter().map(|(peer, wanted)| (peer, Ok(wanted)));
-        for (peer, wanted) in now.chain(is.map(|wanted| (subnet, wanted))) {
-            match wanted.and_then(|wanted| self.undisputed(peer, wanted)) {
+        let touched = touched.into_iter().map(|candidate| (candidate.rank.subnet, Ok(candidate)));
+        for (peer, candidate) in touched.chain(is.map(|candidate| (subnet, candidate))) {
+            match candidate.and_then(|candidate| self.granted(candidate)) {
                 Ok(wanted) => {
                     patch.after.extend(wanted);
                     patch.planned.push(peer);
                 }
                 Err(reason) => patch.skipped.push(Skipped { subnet: peer, reason }),
             }
+        }
+        if change.after.is_none() {
+            // Whoever is gone is not left out.
+            patch.planned.push(subnet);
         }
         Some(patch)
     }
@@ -245,169 +275,65 @@ impl Planner {
         Ok(wanted)
     }
 
-    fn claim(&mut self, subnet: Subnet, wanted: &[Object]) {
-        for key in claimed(wanted) {
-            match self.claimants.entry(key) {
-                Entry::Vacant(vacant) => drop(vacant.insert(Claimants::One(subnet))),
-                Entry::Occupied(mut occupied) => occupied.get_mut().insert(subnet),
-            }
-        }
+    fn rank(&self, peer: &Lease) -> Rank {
+        let standing = if self.node.hands_out(peer.subnet) { Standing::Regular } else { Standing::Odd };
+        Rank { standing, subnet: peer.subnet }
     }
 
-    fn disclaim(&mut self, subnet: Subnet, wanted: &[Object]) {
-        for key in claimed(wanted) {
-            if let Some(claimants) = self.claimants.get_mut(&key)
-                && claimants.remove(subnet)
-            {
-                self.claimants.remove(&key);
-            }
-        }
+    /// What a peer wants and claims.
+    fn candidate(&self, peer: &Lease) -> Result<Candidate, String> {
+        let wanted = self.plan_peer(peer)?;
+        Ok(Candidate { rank: self.rank(peer), claims: claims_of(peer, &wanted).collect(), wanted })
     }
 
-    /// What a peer wants, if nobody before it wants one of its entries.
-    fn undisputed(&self, subnet: Subnet, wanted: Vec<Object>) -> Result<Vec<Object>, String> {
-        for key in claimed(&wanted) {
-            let first = self.claimants.get(&key).and_then(|claimants| claimants.iter().next());
-            if let Some(first) = first.filter(|first| *first != subnet) {
-                return Err(match key {
-                    Claimed::Mac(mac) => format!("its VtepMAC {mac} is that of {first}"),
-                    Claimed::Gateway(_) => format!("its subnet begins where {first} does"),
-                });
-            }
-        }
-        Ok(wanted)
-    }
-}
-
-impl Claimants {
-    /// In the order of subnets.
-    fn iter(&self) -> impl Iterator<Item = Subnet> {
-        let (one, several) = match self {
-            Self::One(subnet) => (Some(*subnet), None),
-            Self::Several(subnets) => (None, Some(subnets)),
-        };
-        one.into_iter().chain(several.into_iter().flatten().copied())
+    /// What a peer wants, if it has what it claims.
+    fn granted(&self, candidate: Candidate) -> Result<Vec<Object>, String> {
+        let Some((claimed, first)) = self.dispute(&candidate) else { return Ok(candidate.wanted) };
+        Err(match claimed {
+            Claimed::Subnet(..) => format!("its subnet overlaps {first}, which goes before it"),
+            Claimed::Mac(mac, _) => format!("its VtepMAC {mac} is that of {first}"),
+            Claimed::Address(address, _) => format!("its public address {address} is that of {first}"),
+        })
     }
 
-    fn insert(&mut self, subnet: Subnet) {
-        let all: BTreeSet<Subnet> = self.iter().chain([subnet]).collect();
-        *self = if all.len() == 1 { Self::One(subnet) } else { Self::Several(all) };
+    /// What a peer claims and has not, and somebody who goes before it.
+    fn dispute(&self, candidate: &Candidate) -> Option<(Claimed, Subnet)> {
+        candidate.claims.iter().find_map(|claimed| {
+            let first = self.claims.disputing(*claimed).find(|other| *other < candidate.rank)?;
+            Some((*claimed, first.subnet))
+        })
     }
 
-    /// Whether nobody is left.
-    fn remove(&mut self, subnet: Subnet) -> bool {
-        match self {
-            Self::One(one) => *one == subnet,
-            Self::Several(several) => {
-                several.remove(&subnet);
-                several.is_empty()
-            }
-        }
+    /// The peers for which it may make a difference whether this one is there.
+    fn behind(&self, candidate: &Candidate) -> impl Iterator<Item = Subnet> {
+        let disputing = candidate.claims.iter().flat_map(|claimed| self.claims.disputing(*claimed));
+        disputing.filter(|other| *other > candidate.rank).map(|other| other.subnet)
+    }
+
+    /// The peers that need the forwarding entry of this one: the same host under other subnets.
+    fn in_common(&self, candidate: &Candidate) -> impl Iterator<Item = Subnet> {
+        let macs = candidate.claims.iter().filter(|claimed| matches!(claimed, Claimed::Mac(..)));
+        macs.flat_map(|claimed| self.claims.of(*claimed)).map(|other| other.subnet)
     }
 }
 
-/// What among some objects only one peer can have.
-fn claimed(wanted: &[Object]) -> impl Iterator<Item = Claimed> {
-    wanted.iter().filter_map(|object| match object {
-        Object::Fdb(_, mac, _) => Some(Claimed::Mac(*mac)),
-        Object::Neighbour(_, ip, _) => Some(Claimed::Gateway(*ip)),
+/// What among the objects of a peer, and of what it publishes, only one host can
+/// have. Of several reasons to skip a peer the first is told.
+fn claims_of(peer: &Lease, wanted: &[Object]) -> impl Iterator<Item = Claimed> {
+    let parts = wanted.iter().filter_map(|object| match object {
+        Object::Route(key, _) => Some(key.destination),
         _ => None,
-    })
+    });
+    let macs = wanted.iter().filter_map(|object| match object {
+        Object::Fdb(_, mac, remote) => Some(Claimed::Mac(*mac, *remote)),
+        _ => None,
+    });
+    let addresses = parts.clone().filter_map(|part| {
+        let mac = peer.attrs.data(&part).and_then(BackendData::mac);
+        Some(Claimed::Address(peer.attrs.public_address(&part)?, mac))
+    });
+    parts.map(|part| Claimed::Subnet(part.network(), part.prefix())).chain(macs).chain(addresses)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::VxlanBackend;
-    use crate::json::Object as Settings;
-    use crate::lease::{BackendData, LeaseAttrs, Tenure};
-    use crate::store::{LeaseEvent, Snapshot};
-    use crate::underlay::Underlay;
-    use crate::view::Applied;
-
-    /// The lease on 10.16.0.0/24 and on; the lowest is our own.
-    fn lease(number: u32) -> Lease {
-        let [_, a, b, c] = number.to_be_bytes();
-        let first = std::net::Ipv4Addr::from_bits(u32::from_be_bytes([10, 16, 0, 0]) + (number << 8));
-        let attrs = LeaseAttrs {
-            public_ip: Some([172, 16, b, c].into()),
-            public_ipv6: None,
-            backend_type: "vxlan".into(),
-            backend_data: Some(BackendData::Vtep { vni: Some(1), mac: MacAddr([0x0e, 0, 0, a, b, c]) }),
-            backend_v6_data: None,
-        };
-        let subnet = Subnet::V4(format!("{first}/24").parse().unwrap());
-        Lease { subnet, attrs, tenure: Tenure::Leased }
-    }
-
-    fn planner(mode: RouteMode) -> Planner {
-        let (backend, _) = VxlanBackend::from_settings(&Settings::default()).unwrap();
-        let underlay = Underlay {
-            link: "eth0".parse().unwrap(),
-            mtu: 1500,
-            address: [192, 168, 0, 1].into(),
-            public_ip: [192, 168, 0, 1].into(),
-            public_ipv6: None,
-            routes: vec![],
-        };
-        let networks = vec!["10.0.0.0/8".parse().unwrap()];
-        let node = Node { networks, underlay, lease: lease(0), mtu: None };
-        Planner::new(Box::new(backend), node, mode)
-    }
-
-    fn view(peers: usize) -> LeaseView {
-        let mut view = LeaseView::default();
-        let leases = (0..=u32::try_from(peers).unwrap()).map(lease).collect();
-        view.apply(LeaseEvent::Snapshot(Snapshot { leases, unreadable: vec![] }));
-        view
-    }
-
-    fn nexthops(planner: &mut Planner, peers: usize) -> usize {
-        let desired = planner.plan(&view(peers)).desired;
-        assert_eq!(desired.routes.len(), peers);
-        assert!(desired.routes.values().all(|route| route.nexthop.is_some() != desired.nexthops.is_empty()));
-        desired.nexthops.len()
-    }
-
-    #[test]
-    fn many_peers_have_nexthop_objects_and_few_have_not() {
-        let mut planner = planner(RouteMode::Auto);
-
-        assert_eq!(nexthops(&mut planner, MANY_PEERS), 0);
-        assert_eq!(nexthops(&mut planner, MANY_PEERS + 1), MANY_PEERS + 1);
-        assert_eq!(nexthops(&mut planner, FEW_PEERS + 1), FEW_PEERS + 1, "a cluster that breathes");
-        assert_eq!(nexthops(&mut planner, FEW_PEERS), 0);
-        assert_eq!(nexthops(&mut planner, FEW_PEERS + 1), 0);
-    }
-
-    #[test]
-    fn what_is_asked_for_holds_at_any_number() {
-        assert_eq!(nexthops(&mut planner(RouteMode::Nexthop), 2), 2);
-        assert_eq!(nexthops(&mut planner(RouteMode::Plain), MANY_PEERS + 1), 0);
-    }
-
-    #[test]
-    fn a_kernel_without_nexthop_objects_gets_none() {
-        let mut planner = planner(RouteMode::Nexthop);
-
-        assert!(planner.set_able(false), "that is news");
-
-        assert_eq!(nexthops(&mut planner, 2), 0);
-        assert!(!planner.set_able(false));
-    }
-
-    #[test]
-    fn the_peer_that_makes_them_many_changes_the_plan_for_everybody() {
-        let mut planner = planner(RouteMode::Auto);
-        let mut view = view(MANY_PEERS);
-        planner.plan(&view);
-        let more = |number| LeaseEvent::Put(lease(u32::try_from(number).unwrap()));
-
-        let Applied::One(change) = view.apply(more(MANY_PEERS + 1)) else { panic!("no change") };
-        assert_eq!(planner.replan(&change, &view), None);
-
-        planner.plan(&view);
-        let Applied::One(change) = view.apply(more(MANY_PEERS + 2)) else { panic!("no change") };
-        assert_eq!(planner.replan(&change, &view).unwrap().after.len(), 4);
-    }
-}
+mod tests;

@@ -6,7 +6,6 @@
 
 use std::error::Error;
 use std::future::Future;
-use std::net::Ipv4Addr;
 
 use thiserror::Error;
 
@@ -28,6 +27,10 @@ pub enum LeaseEvent {
     Unreadable(Unreadable),
     /// A lease is gone.
     Removed(Subnet),
+    /// These went in one stroke: somebody deleted a whole range, most likely.
+    RemovedTogether(Vec<Subnet>),
+    /// After an error that was told: the watch goes on, and nothing was missed.
+    Resumed,
 }
 
 /// All leases at one moment.
@@ -104,12 +107,25 @@ pub enum StoreError {
         leased: usize,
     },
     /// The lease is no longer ours to renew.
-    #[error("the lease on {subnet} {}", .holder.map_or_else(|| "is gone".to_owned(), |holder| format!("belongs to {holder} now")))]
+    #[error("the lease on {subnet} {}", .holder.as_ref().map_or_else(|| "is gone".to_owned(), |holder| format!("belongs to {holder} now")))]
     Lost {
         /// The subnet.
         subnet: Subnet,
-        /// Who holds it now; `None` if nobody does.
-        holder: Option<Ipv4Addr>,
+        /// Who holds it now, in words; `None` if nobody does.
+        holder: Option<String>,
+    },
+    /// Another host, which is alive, holds a lease with our public address. It helps to give one of them another.
+    #[error(
+        "{them} holds {subnet} with the public address of {us}, and answers: give one of the two another address \
+         (--public-ip, --iface); if one is a copy of the other's disk, remove host-id from its --state-dir"
+    )]
+    Twin {
+        /// What it holds.
+        subnet: Subnet,
+        /// This host, in words.
+        us: String,
+        /// The other one, in words.
+        them: String,
     },
 }
 
@@ -156,6 +172,13 @@ pub trait LeaseStore: Send + Sync + 'static {
         held: &HeldLease,
         attrs: &LeaseAttrs,
     ) -> impl Future<Output = Result<HeldLease, StoreError>> + Send;
+
+    /// All leases at this moment, as whoever writes sees them.
+    fn list(&self) -> impl Future<Output = Result<Snapshot, StoreError>> + Send;
+
+    /// Stands by a lease of ours: answers whoever asks whether its holder is
+    /// alive, and resolves once it belongs to another host.
+    fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<Self>;
 
     /// This host has another address: connections from the former one lead
     /// nowhere, though nobody has closed them.

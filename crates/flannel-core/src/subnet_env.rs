@@ -55,13 +55,18 @@ impl FromStr for FormerEnv {
     type Err = std::convert::Infallible;
 
     /// Reads dotenv lines: comments, `export`, quotes. The last of several
-    /// equal keys counts, as in a shell.
+    /// equal keys counts, as in a shell. A last line without its end is not
+    /// believed: cut off, `10.5.0.0/16` becomes half the world.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut former = Self::default();
         let (mut v4, mut v6) = (None::<Ipv4Network>, None::<Ipv6Network>);
-        for (number, line) in text.lines().enumerate() {
-            let line = line.trim();
+        for (number, whole) in text.split_inclusive('\n').enumerate() {
+            let line = whole.trim();
             if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            if !whole.ends_with('\n') {
+                former.flaws.push(format!("line {}: it has no end", number + 1));
                 continue;
             }
             let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
@@ -69,10 +74,10 @@ impl FromStr for FormerEnv {
                 former.flaws.push(format!("line {}: no `=`", number + 1));
                 continue;
             };
-            let value = unquote(value.trim());
+            let (key, value) = (key.trim_end(), unquote(value.trim()));
             let mut flaw =
                 |allowed: &str| former.flaws.push(format!("line {}: {key} must be {allowed}", number + 1));
-            match key.trim_end() {
+            match key {
                 "FLANNEL_NETWORK" | "FLANNEL_IPV6_NETWORK" => match networks(value) {
                     Some(networks) => former.networks.extend(networks),
                     None => flaw("prefixes, separated by commas"),
@@ -170,13 +175,34 @@ mod tests {
     #[test]
     fn a_damaged_file_costs_only_what_is_damaged() {
         let former: FormerEnv =
-            "FLANNEL_SUBNET=10.5.60.1/24\nFLANNEL_NETWORK=10.5.0\nhalf a li".parse().unwrap();
+            "FLANNEL_SUBNET=10.5.60.1/24\nFLANNEL_NETWORK=10.5.0\nhalf a li\n".parse().unwrap();
 
         assert_eq!(former.subnet, Some(Subnet::V4("10.5.60.0/24".parse().unwrap())));
         assert_eq!(
             former.flaws,
             ["line 2: FLANNEL_NETWORK must be prefixes, separated by commas", "line 3: no `=`"]
         );
+    }
+
+    #[test]
+    fn a_flaw_is_told_in_one_line() {
+        let former: FormerEnv = "FLANNEL_SUBNET\r\u{b}=x\n".parse().unwrap();
+
+        assert_eq!(former.flaws, ["line 1: FLANNEL_SUBNET must be one IPv4 prefix"]);
+    }
+
+    #[test]
+    fn a_line_that_was_cut_off_is_not_believed() {
+        let text = "FLANNEL_SUBNET=10.5.60.1/24\nFLANNEL_NETWORK=10.5.0.0/16\n";
+        let whole: FormerEnv = text.parse().unwrap();
+
+        for end in 0..text.len() {
+            let former: FormerEnv = text[..end].parse().unwrap();
+
+            assert!(former.networks.is_empty(), "{}", &text[..end]);
+            assert!(former.subnet.is_none() || former.subnet == whole.subnet, "{}", &text[..end]);
+        }
+        assert_eq!(whole.networks.len(), 1);
     }
 
     #[test]

@@ -8,10 +8,12 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 
+use crate::claim::within;
 use crate::lease::LeaseAttrs;
 use crate::state::LinkName;
 
@@ -40,6 +42,29 @@ pub struct Interface {
     pub addresses: Vec<InterfaceAddress>,
 }
 
+impl Interface {
+    /// The networks in which it has an address, in order. An address without a
+    /// network of its own, as that of a virtual router that comes and goes, adds
+    /// none to the one that it lies in.
+    fn networks(&self) -> Vec<IpNetwork> {
+        let mut networks: Vec<IpNetwork> =
+            self.addresses.iter().filter_map(|own| masked(own.network)).collect();
+        networks.sort_unstable();
+        networks.dedup();
+        let all = networks.clone();
+        let is_host = |network: &IpNetwork| network.prefix() == if network.is_ipv4() { 32 } else { 128 };
+        let lies_in_another =
+            |network: &IpNetwork| all.iter().any(|other| other != network && within(*other, *network));
+        networks.retain(|network| !is_host(network) || !lies_in_another(network));
+        networks
+    }
+}
+
+/// The prefix without its host bits.
+fn masked(network: IpNetwork) -> Option<IpNetwork> {
+    IpNetwork::new(network.network(), network.prefix()).ok()
+}
+
 /// An address of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InterfaceAddress {
@@ -65,11 +90,12 @@ pub struct RouteFact {
 }
 
 /// A regular expression, compiled by somebody who has an engine for it.
+#[derive(Clone)]
 pub struct Pattern {
     /// As it was written.
     pub text: String,
     /// Whether it matches anywhere in a text.
-    pub matches: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    pub matches: Arc<dyn Fn(&str) -> bool + Send + Sync>,
 }
 
 impl fmt::Debug for Pattern {
@@ -79,7 +105,7 @@ impl fmt::Debug for Pattern {
 }
 
 /// What the operator asked for.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Selection {
     /// `--iface`, in order: names or addresses.
     pub interfaces: Vec<String>,
@@ -104,6 +130,8 @@ pub struct Underlay {
     pub public_ip: Ipv4Addr,
     /// What peers with IPv6 are told to send to.
     pub public_ipv6: Option<Ipv6Addr>,
+    /// The networks in which the interface has an address: no peer may take them away.
+    pub networks: Vec<IpNetwork>,
     /// Which peers stand on a network that we share.
     pub routes: Vec<RouteFact>,
 }
@@ -320,6 +348,7 @@ impl Found<'_> {
             address,
             public_ip: selection.public_ip.unwrap_or(address),
             public_ipv6: None,
+            networks: interface.networks(),
             routes: facts.routes.clone(),
         })
     }
@@ -410,7 +439,7 @@ mod tests {
     }
 
     fn pattern(text: &'static str) -> Pattern {
-        Pattern { text: text.into(), matches: Box::new(move |candidate| candidate.contains(text)) }
+        Pattern { text: text.into(), matches: Arc::new(move |candidate| candidate.contains(text)) }
     }
 
     fn choice(selection: &Selection) -> (String, String, String) {
@@ -594,6 +623,32 @@ mod tests {
              --iface-regex or --public-ip; the host has lo (127.0.0.1/8), eth0 (10.0.2.15/24, fd00::15/64), \
              eth1 (192.168.56.11/24, 192.168.56.12/24), eth2 (no address)"
         );
+    }
+
+    #[test]
+    fn the_networks_of_an_interface_are_those_it_has_an_address_in() {
+        let networks = |addresses: &[&str]| {
+            let shown = |network: IpNetwork| network.to_string();
+            interface("eth0", addresses).networks().into_iter().map(shown).collect::<Vec<_>>()
+        };
+
+        assert_eq!(networks(&["10.1.0.7/24", "fd00::7/64", "10.1.0.8/24"]), ["10.1.0.0/24", "fd00::/64"]);
+        assert_eq!(networks(&["10.1.0.7/24", "10.1.0.99/32", "10.9.0.1/32"]), ["10.1.0.0/24", "10.9.0.1/32"]);
+        assert_eq!(networks(&["10.1.0.7/16", "10.1.0.8/24"]), ["10.1.0.0/16", "10.1.0.0/24"]);
+        let underlay = choose(&facts(), &by_interface("eth1")).unwrap().underlay;
+        assert_eq!(underlay.networks, ["192.168.56.0/24".parse().unwrap()]);
+    }
+
+    #[test]
+    fn an_address_that_comes_beside_the_first_is_known_and_no_reason_to_move() {
+        let current = choose(&facts(), &Selection::default()).unwrap().underlay;
+        let mut facts = facts();
+        facts.interfaces[1].addresses.push(address("10.9.0.5/16"));
+
+        let now = follow(&facts, &Selection::default(), &current).unwrap();
+
+        assert_eq!(now.address, current.address);
+        assert!(now.networks.contains(&"10.9.0.0/16".parse().unwrap()), "{:?}", now.networks);
     }
 
     #[test]

@@ -65,6 +65,15 @@ impl LeaseView {
                 None => Applied::Nothing,
                 before => Applied::One(Box::new(Change { before, after: None })),
             },
+            LeaseEvent::RemovedTogether(subnets) => {
+                let mut gone = subnets.into_iter().filter_map(|subnet| self.replace(subnet, None));
+                match (gone.next(), gone.count()) {
+                    (None, _) => Applied::Nothing,
+                    (before, 0) => Applied::One(Box::new(Change { before, after: None })),
+                    _ => Applied::Everything,
+                }
+            }
+            LeaseEvent::Resumed => Applied::Nothing,
         }
     }
 
@@ -79,6 +88,11 @@ impl LeaseView {
             .iter()
             .filter(move |(subnet, _)| **subnet != own)
             .map(|(subnet, (attrs, tenure))| lease(*subnet, attrs, *tenure))
+    }
+
+    /// The subnet of each of them.
+    pub fn peer_subnets(&self, own: Subnet) -> impl Iterator<Item = Subnet> {
+        self.leases.keys().copied().filter(move |subnet| *subnet != own)
     }
 
     /// How many leases there are beside the one on `own`.
@@ -164,6 +178,23 @@ mod tests {
 
         let own = lease_of(9, "192.168.0.9").subnet;
         assert_eq!(view.peers(own).collect::<Vec<_>>(), [lease_of(2, "192.168.0.2")]);
+    }
+
+    #[test]
+    fn what_goes_together_is_one_change_if_only_one_was_there() {
+        let mut view = LeaseView::default();
+        view.apply(snapshot(&[
+            lease_of(1, "192.168.0.1"),
+            lease_of(2, "192.168.0.2"),
+            lease_of(3, "192.168.0.3"),
+        ]));
+        let together = |hosts: [u8; 2]| {
+            LeaseEvent::RemovedTogether(hosts.map(|host| lease_of(host, "192.168.0.1").subnet).to_vec())
+        };
+
+        assert!(matches!(view.apply(together([1, 9])), Applied::One(_)));
+        assert_eq!(view.apply(together([1, 9])), Applied::Nothing);
+        assert_eq!(view.apply(together([2, 3])), Applied::Everything);
     }
 
     #[test]

@@ -18,17 +18,18 @@ use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use etcd_client::Error as EtcdError;
-use flannel_core::store::StoreError;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use crate::connect::{Clients, Dial};
+use crate::gate::Gate;
+use crate::kv::{Failure, Refusal};
 
 /// How long one endpoint has for one answer.
 pub(crate) const ATTEMPT: Duration = Duration::from_secs(5);
@@ -37,14 +38,14 @@ pub(crate) const ATTEMPT: Duration = Duration::from_secs(5);
 /// time of an election with etcd's usual settings, and then some.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// A stream that has lasted that long was a good one: the delays begin anew.
+pub(crate) const STEADY: Duration = Duration::from_secs(5);
+
 // The status codes of gRPC, https://grpc.io/docs/guides/status-codes/.
 const CANCELLED: i32 = 1;
 const UNKNOWN: i32 = 2;
 const DEADLINE_EXCEEDED: i32 = 4;
-pub(crate) const NOT_FOUND: i32 = 5;
 const RESOURCE_EXHAUSTED: i32 = 8;
-pub(crate) const FAILED_PRECONDITION: i32 = 9;
-pub(crate) const OUT_OF_RANGE: i32 = 11;
 const INTERNAL: i32 = 13;
 const UNAVAILABLE: i32 = 14;
 
@@ -60,15 +61,6 @@ pub(crate) enum Trouble {
     },
     /// An answer: no.
     Refused(Refusal),
-}
-
-/// etcd's answer to a request that it will not carry out.
-#[derive(Clone, Debug)]
-pub(crate) struct Refusal {
-    /// The gRPC status.
-    pub(crate) code: i32,
-    /// etcd's own words.
-    pub(crate) words: String,
 }
 
 impl Trouble {
@@ -124,32 +116,6 @@ fn innermost(error: &(dyn Error + 'static)) -> String {
     innermost.to_string()
 }
 
-/// Why a request came to nothing, however often it was tried.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    /// No endpoint answered.
-    Away {
-        /// All of them.
-        endpoints: String,
-        /// What each of them met last.
-        words: String,
-    },
-    /// One of them said no.
-    Refused(Refusal),
-}
-
-impl Failure {
-    /// In the words of the seam; `operation` is what was asked, with the key.
-    pub(crate) fn of(self, operation: impl Into<String>) -> StoreError {
-        match self {
-            Self::Away { endpoints, words } => StoreError::Unreachable { endpoints, source: words.into() },
-            Self::Refused(refusal) => {
-                StoreError::Refused { operation: operation.into(), source: refusal.words.into() }
-            }
-        }
-    }
-}
-
 /// The delays between attempts. The jitter adds up to as much again, so that
 /// none is longer than 5 s.
 pub(crate) fn delays() -> ExponentialBackoff {
@@ -162,8 +128,9 @@ pub(crate) fn delays() -> ExponentialBackoff {
 }
 
 /// Several endpoints that are one store.
-pub(crate) struct Cluster {
+pub(crate) struct Endpoints {
     dial: Dial,
+    gate: Gate,
     /// The clients of each endpoint, once there has been a use for them.
     clients: Vec<Mutex<Option<Clients>>>,
     current: AtomicUsize,
@@ -171,10 +138,16 @@ pub(crate) struct Cluster {
     started_over: watch::Sender<usize>,
 }
 
-impl Cluster {
+impl Endpoints {
     pub(crate) fn new(dial: Dial) -> Self {
         let clients = dial.endpoints().iter().map(|_| Mutex::new(None)).collect();
-        Self { dial, clients, current: AtomicUsize::new(0), started_over: watch::Sender::new(0) }
+        Self {
+            dial,
+            gate: Gate::default(),
+            clients,
+            current: AtomicUsize::new(0),
+            started_over: watch::Sender::new(0),
+        }
     }
 
     /// Gives all connections up, those of watches too.
@@ -192,8 +165,8 @@ impl Cluster {
         self.dial.has_user()
     }
 
-    /// Every endpoint, for an error that is about all of them.
-    pub(crate) fn endpoints(&self) -> String {
+    /// All of them, for an error that is about all of them.
+    pub(crate) fn names(&self) -> String {
         self.dial.endpoints().join(", ")
     }
 
@@ -246,7 +219,7 @@ impl Cluster {
                         .collect::<Vec<_>>()
                         .join("; "),
                 };
-                return Err(Failure::Away { endpoints: self.endpoints(), words });
+                return Err(Failure::Away { endpoints: self.names(), words });
             }
             sleep(delay).await;
         }
@@ -268,16 +241,25 @@ impl Cluster {
         self.slot(place).take();
     }
 
+    /// The same, unless somebody has authenticated anew meanwhile.
+    fn forget_token(&self, place: usize, outdated: &Arc<()>) {
+        let mut slot = self.slot(place);
+        if slot.as_ref().is_some_and(|clients| Arc::ptr_eq(&clients.token, outdated)) {
+            slot.take();
+        }
+    }
+
     async fn attempt<T, F>(&self, place: usize, request: &impl Fn(Clients) -> F) -> Result<T, Trouble>
     where
         F: Future<Output = Result<T, EtcdError>>,
     {
-        let once = || async { request(self.clients(place).await?).await.map_err(Trouble::of) };
         let answer = timeout(ATTEMPT, async {
-            match once().await {
+            let clients = self.clients(place).await?;
+            let outdated = clients.token.clone();
+            match request(clients).await.map_err(Trouble::of) {
                 Err(trouble) if trouble.wants_a_new_token() && self.dial.has_user() => {
-                    self.forget(place);
-                    once().await
+                    self.forget_token(place, &outdated);
+                    request(self.clients(place).await?).await.map_err(Trouble::of)
                 }
                 answer => answer,
             }
@@ -293,7 +275,15 @@ impl Cluster {
         }
         // Two may connect at the same time; the later one stays, the other is used once.
         let endpoint = self.dial.endpoints().get(place).expect("there are as many slots as endpoints");
-        let clients = self.dial.connect(endpoint).await?;
+        self.gate.pass(Instant::now()).map_err(Trouble::Refused)?;
+        let connected = self.dial.connect(endpoint).await;
+        match &connected {
+            Ok(_) => self.gate.open(),
+            // Nothing is asked for yet but a token.
+            Err(Trouble::Refused(refusal)) => self.gate.close(refusal.clone(), Instant::now()),
+            Err(Trouble::Away { .. }) => {}
+        }
+        let clients = connected?;
         *self.slot(place) = Some(clients.clone());
         Ok(clients)
     }

@@ -10,16 +10,19 @@ use std::fmt;
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
     Certificate, Client, ConnectOptions, Error as EtcdError, Identity, KvClient, LeaseClient, TlsOptions,
     WatchClient,
 };
+use flannel_core::lease::HostIdentity;
 use thiserror::Error;
 use tracing::warn;
 
-use crate::call::{ATTEMPT, FAILED_PRECONDITION, Trouble};
+use crate::call::{ATTEMPT, Trouble};
+use crate::kv::Refusal;
 
 /// How to reach etcd, as the operator says it.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +41,10 @@ pub struct Settings {
     pub username: Option<String>,
     /// `--etcd-password`.
     pub password: Option<Password>,
+    /// `--etcd-password-file`, read anew for each authentication; instead of a password.
+    pub password_file: Option<PathBuf>,
+    /// Who we are, by which other hosts with our address are told from us; `None` as with flannel, which does not ask.
+    pub host: Option<HostIdentity>,
 }
 
 /// A password that does not show itself.
@@ -79,6 +86,14 @@ pub enum SettingsError {
         /// The flag that is not.
         missing: &'static str,
     },
+    /// Of two ways to say one thing both are given.
+    #[error("{one} and {other}: give one of them")]
+    Both {
+        /// One flag.
+        one: &'static str,
+        /// The other.
+        other: &'static str,
+    },
     /// A file cannot be read.
     #[error("{flag} {}", path.display())]
     File {
@@ -92,7 +107,7 @@ pub enum SettingsError {
     },
     /// A file does not hold what its flag asks for.
     #[error("{flag} {}: {reason}", path.display())]
-    Pem {
+    Content {
         /// The flag that names the file.
         flag: &'static str,
         /// The file.
@@ -113,6 +128,8 @@ pub enum SettingsError {
 const CA: &str = "--etcd-cafile";
 const CERT: &str = "--etcd-certfile";
 const KEY: &str = "--etcd-keyfile";
+const PASSWORD: &str = "--etcd-password";
+const PASSWORD_FILE: &str = "--etcd-password-file";
 
 /// An idle connection is not pinged: etcd takes pings without a stream for an
 /// attack and hangs up. A watch is a stream, so a watched connection is pinged.
@@ -126,7 +143,53 @@ const ANSWER_LIMIT: usize = 64 << 20;
 pub(crate) struct Dial {
     endpoints: Vec<String>,
     tls: Option<TlsFiles>,
-    user: Option<(String, Password)>,
+    user: Option<(String, Secret)>,
+}
+
+/// Where the password is.
+#[derive(Clone)]
+enum Secret {
+    Given(Password),
+    File(PathBuf),
+}
+
+impl Secret {
+    /// The one that is given, if one is.
+    fn of(settings: &Settings) -> Result<Option<Self>, SettingsError> {
+        let password = settings.password.clone().filter(|password| !password.0.is_empty());
+        let file = settings.password_file.clone().filter(|path| !path.as_os_str().is_empty());
+        match (password, file) {
+            (Some(_), Some(_)) => Err(SettingsError::Both { one: PASSWORD, other: PASSWORD_FILE }),
+            (Some(password), None) => Ok(Some(Self::Given(password))),
+            (None, Some(file)) => Ok(Some(Self::File(file))),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn read(&self) -> Result<Password, SettingsError> {
+        let path = match self {
+            Self::Given(password) => return Ok(password.clone()),
+            Self::File(path) => path,
+        };
+        let flag = PASSWORD_FILE;
+        let text = std::fs::read_to_string(path).map_err(|source| SettingsError::File {
+            flag,
+            path: path.clone(),
+            source,
+        })?;
+        let text = without_line_break(&text);
+        if text.is_empty() {
+            let reason = "holds no password".into();
+            return Err(SettingsError::Content { flag, path: path.clone(), reason });
+        }
+        Ok(Password::new(text))
+    }
+}
+
+/// An editor ends a file with a line break, which is hardly meant.
+fn without_line_break(text: &str) -> &str {
+    let cut = text.strip_suffix('\n');
+    cut.map_or(text, |text| text.strip_suffix('\r').unwrap_or(text))
 }
 
 /// The clients of one endpoint; they share one connection.
@@ -135,6 +198,8 @@ pub(crate) struct Clients {
     pub(crate) kv: KvClient,
     pub(crate) lease: LeaseClient,
     pub(crate) watch: WatchClient,
+    /// Another one for each authentication.
+    pub(crate) token: Arc<()>,
 }
 
 impl Dial {
@@ -160,9 +225,12 @@ impl Dial {
             tls.check().await?;
         }
         let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-        let password = settings.password.clone().filter(|password| !password.0.is_empty());
-        let user = match (filled(&settings.username), password) {
-            (Some(user), Some(password)) => Some((user, password)),
+        let secret = Secret::of(settings)?;
+        if let Some(secret) = &secret {
+            secret.read()?;
+        }
+        let user = match (filled(&settings.username), secret) {
+            (Some(user), Some(secret)) => Some((user, secret)),
             (None, None) => None,
             _ => {
                 warn!("only one of --etcd-username and --etcd-password is given: connecting without a user");
@@ -196,20 +264,23 @@ impl Dial {
     }
 
     /// Makes the clients of one endpoint. The files are read each time, so that
-    /// a renewed certificate is taken up with the next connection.
+    /// a renewed certificate or password is taken up with the next connection.
+    ///
+    /// etcd-client could fetch a new token by itself, but only with the password
+    /// that it was made with, and as often as it is called.
     pub(crate) async fn connect(&self, endpoint: &str) -> Result<Clients, Trouble> {
         let mut options = ConnectOptions::new()
             .with_require_leader(true)
             .with_keep_alive(PING_EVERY, PING_ANSWER)
             .with_keep_alive_while_idle(false)
-            .with_connect_timeout(ATTEMPT)
-            .with_auto_token_refresh(true);
+            .with_connect_timeout(ATTEMPT);
         if let Some(tls) = &self.tls {
-            options = options.with_tls(tls.load().map_err(|error| Trouble::away(with_cause(&error)))?);
+            options = options.with_tls(tls.load().map_err(unusable)?);
         }
         let client = match &self.user {
             None => Client::connect([endpoint], Some(options)).await,
-            Some((user, Password(password))) => {
+            Some((user, secret)) => {
+                let Password(password) = secret.read().map_err(unusable)?;
                 match Client::connect([endpoint], Some(options.clone().with_user(user, password))).await {
                     // As with flannel, a user is no fault as long as etcd does not ask for one.
                     Err(error) if auth_is_off(&error) => Client::connect([endpoint], Some(options)).await,
@@ -222,6 +293,7 @@ impl Dial {
             kv: client.kv_client().max_decoding_message_size(ANSWER_LIMIT),
             lease: client.lease_client(),
             watch: client.watch_client().max_decoding_message_size(ANSWER_LIMIT),
+            token: Arc::default(),
         })
     }
 }
@@ -270,7 +342,7 @@ fn shown(endpoint: &str) -> String {
 
 fn auth_is_off(error: &EtcdError) -> bool {
     matches!(error, EtcdError::GRpcStatus(status)
-        if status.code() as i32 == FAILED_PRECONDITION && status.message().contains("authentication is not enabled"))
+        if status.code() as i32 == Refusal::FAILED_PRECONDITION && status.message().contains("authentication is not enabled"))
 }
 
 #[derive(Clone, Default)]
@@ -314,7 +386,7 @@ impl TlsFiles {
         let without = Self { ca: self.ca.clone(), identity: None };
         if let Err(reason) = without.build().await? {
             return Err(match &self.ca {
-                Some(ca) => SettingsError::Pem { flag: CA, path: ca.clone(), reason },
+                Some(ca) => SettingsError::Content { flag: CA, path: ca.clone(), reason },
                 None => SettingsError::Tls { flags: format!("no {CA} is given"), reason },
             });
         }
@@ -340,9 +412,14 @@ fn pem(flag: &'static str, path: &Path, marker: &str) -> Result<String, Settings
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())?;
     if !text.contains(marker) {
         let reason = format!("holds no PEM block of {}", marker.trim_end_matches('-').to_lowercase());
-        return Err(SettingsError::Pem { flag, path: path.into(), reason });
+        return Err(SettingsError::Content { flag, path: path.into(), reason });
     }
     Ok(text)
+}
+
+/// A file that was good and is not any more, as while it is replaced.
+fn unusable(error: SettingsError) -> Trouble {
+    Trouble::away(with_cause(&error))
 }
 
 fn with_cause(error: &SettingsError) -> String {
@@ -437,6 +514,36 @@ mod tests {
         let refusal = refusal(Settings { ca_file: Some("/dev/null".into()), ..settings(&["a:1"]) }).await;
 
         assert_eq!(refusal, "--etcd-cafile /dev/null: holds no PEM block of certificate");
+    }
+
+    fn with_password_file(path: &Path) -> Settings {
+        Settings { username: Some("flannel".into()), password_file: Some(path.into()), ..settings(&["a:1"]) }
+    }
+
+    #[tokio::test]
+    async fn a_password_file_that_is_not_there_or_empty_is_named_with_its_flag() {
+        let missing = refusal(with_password_file(Path::new("/not/there"))).await;
+        let empty = refusal(with_password_file(Path::new("/dev/null"))).await;
+
+        assert!(missing.starts_with("--etcd-password-file /not/there: No such file"), "{missing}");
+        assert_eq!(empty, "--etcd-password-file /dev/null: holds no password");
+    }
+
+    #[tokio::test]
+    async fn a_password_and_a_password_file_are_one_too_many() {
+        let password = Some(Password::new("hunter2"));
+        let both = Settings { password, ..with_password_file(Path::new("/dev/null")) };
+
+        assert_eq!(refusal(both).await, "--etcd-password and --etcd-password-file: give one of them");
+    }
+
+    #[test]
+    fn a_password_file_is_read_to_its_last_line_break() {
+        for (text, password) in
+            [("a b", "a b"), ("ab\n", "ab"), ("ab\r\n", "ab"), ("a\n\n", "a\n"), (" a ", " a "), ("\n", "")]
+        {
+            assert_eq!(without_line_break(text), password, "{text:?}");
+        }
     }
 
     #[test]

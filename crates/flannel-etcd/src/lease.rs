@@ -23,7 +23,9 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, info};
 
 use crate::codec::attributes;
-use crate::registry::{Found, Registry, TERM};
+use crate::hosts::{Record, Recorded};
+use crate::kv::{Entry, Kv};
+use crate::registry::{Registry, Standing, TERM, Written};
 
 /// How long races may be lost before something else must be wrong.
 const RACING: Duration = Duration::from_secs(60);
@@ -37,26 +39,35 @@ struct Grant {
 }
 
 impl Grant {
-    async fn get(&mut self, registry: &Registry) -> Result<(i64, Instant), StoreError> {
+    async fn get<K: Kv>(
+        &mut self,
+        registry: &Registry<K>,
+        attrs: &LeaseAttrs,
+    ) -> Result<(i64, Instant), StoreError> {
         if let Some(granted) = self.granted {
             return Ok(granted);
         }
         let asked = Instant::now();
-        let id = registry.grant().await?;
+        let id = registry.grant(attrs).await?;
         Ok(*self.granted.insert((id, asked)))
     }
 
     /// Gives it back if nothing hangs on it. When the store went away in the
     /// middle something may, without our knowing, and nobody would answer.
-    async fn end<T>(self, registry: &Registry, outcome: &Result<T, StoreError>) {
+    async fn end<K: Kv, T>(
+        self,
+        registry: &Registry<K>,
+        attrs: &LeaseAttrs,
+        outcome: &Result<T, StoreError>,
+    ) {
         let away = matches!(outcome, Err(StoreError::Unreachable { .. }));
         if let Some((id, _)) = self.granted.filter(|_| !self.used && !away) {
-            registry.revoke_if_bare(id).await;
+            registry.revoke_if_bare(id, attrs).await;
         }
     }
 }
 
-impl Registry {
+impl<K: Kv> Registry<K> {
     pub(crate) async fn acquire(
         &self,
         config: &NetworkConfig,
@@ -65,7 +76,7 @@ impl Registry {
     ) -> Result<HeldLease, StoreError> {
         let mut grant = Grant::default();
         let held = self.acquire_with(&mut grant, config, attrs, previous).await;
-        grant.end(self, &held).await;
+        grant.end(self, attrs, &held).await;
         held
     }
 
@@ -105,24 +116,31 @@ impl Registry {
         if held.handle == 0 {
             return Ok(Expiry::Never);
         }
+        let Lease { subnet, attrs, .. } = &held.lease;
+        let lost = |holder| StoreError::Lost { subnet: *subnet, holder };
         let asked = Instant::now();
         let alive = self.keep_alive(held.handle).await?;
-        let key = self.layout.lease(&held.lease.subnet);
-        let lost = |holder| StoreError::Lost { subnet: held.lease.subnet, holder };
-        let found = self.read(&key).await?.ok_or_else(|| lost(None))?;
-        if alive && found.handle == held.handle {
+        let standing = self.read_standing(subnet).await?;
+        let found = standing.key.as_ref().ok_or_else(|| lost(None))?;
+        let recorded = self.recorded(&standing);
+        if let Recorded::Them(them) = recorded {
+            return Err(lost(Some(them.words())));
+        }
+        if alive && found.lease == held.handle {
+            self.keep_record(subnet, attrs, &standing).await;
             return Ok(expiry(asked));
         }
-        let theirs = readable(&key, &found)?;
-        if !same_host(&theirs, &held.lease.attrs) {
-            return Err(lost(theirs.public_ip));
+        let theirs = readable(&self.layout.lease(subnet), found)?;
+        if matches!(recorded, Recorded::Nobody) && !same_host(&theirs, attrs) {
+            return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
         }
-        if found.handle != 0 {
+        if found.lease != 0 {
             // Ours, but on another etcd lease: publishing adopts it.
             return Err(lost(None));
         }
-        debug!(subnet = %held.lease.subnet, "the lease has become a reservation");
-        self.revoke_if_bare(held.handle).await;
+        debug!(%subnet, "the lease has become a reservation");
+        self.keep_record(subnet, attrs, &standing).await;
+        self.revoke_if_bare(held.handle, attrs).await;
         Ok(Expiry::Never)
     }
 
@@ -133,7 +151,7 @@ impl Registry {
     ) -> Result<HeldLease, StoreError> {
         let mut grant = Grant::default();
         let published = self.publish_with(&mut grant, held, attrs).await;
-        grant.end(self, &published).await;
+        grant.end(self, attrs, &published).await;
         published
     }
 
@@ -145,16 +163,23 @@ impl Registry {
     ) -> Result<HeldLease, StoreError> {
         let Lease { subnet, attrs: former, .. } = &held.lease;
         let key = self.layout.lease(subnet);
+        let lost = |holder| StoreError::Lost { subnet: *subnet, holder };
         let race = Race::begin();
         loop {
-            let published = match self.read(&key).await? {
+            let standing = self.read_standing(subnet).await?;
+            let published = match &standing.key {
                 Some(found) => {
-                    let theirs = readable(&key, &found)?;
-                    // An earlier attempt may have been carried out though its answer was lost.
-                    if !same_host(&theirs, former) && !same_host(&theirs, attrs) {
-                        return Err(StoreError::Lost { subnet: *subnet, holder: theirs.public_ip });
+                    let recorded = self.recorded(&standing);
+                    if let Recorded::Them(them) = recorded {
+                        return Err(lost(Some(them.words())));
                     }
-                    self.adopt_found(grant, found, *subnet, attrs).await?
+                    let theirs = readable(&key, found)?;
+                    // An earlier attempt may have been carried out though its answer was lost.
+                    let has_our_address = same_host(&theirs, former) || same_host(&theirs, attrs);
+                    if matches!(recorded, Recorded::Nobody) && !has_our_address {
+                        return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
+                    }
+                    self.adopt_found(grant, *subnet, attrs, &standing, None).await?
                 }
                 None => {
                     let asked = Instant::now();
@@ -179,21 +204,24 @@ impl Registry {
         subnet: Subnet,
         attrs: &LeaseAttrs,
     ) -> Result<Option<HeldLease>, StoreError> {
-        let (id, since) = grant.get(self).await?;
-        let created = self.create(&self.layout.lease(&subnet), &attrs.to_json(), id).await?;
+        let (id, since) = grant.get(self, attrs).await?;
+        let created = self.write(&subnet, attrs, id, &Standing::default(), None).await? == Written::Done;
         grant.used |= created;
         Ok(created.then(|| leased(subnet, attrs, id, since)))
     }
 
     /// Deletes a lease of ours that the config no longer allows.
     async fn give_back(&self, lease: &Lease) -> Result<(), StoreError> {
-        let key = self.layout.lease(&lease.subnet);
-        let Some(found) = self.read(&key).await? else { return Ok(()) };
-        let still_ours = found.handle != 0
-            && attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, &lease.attrs));
-        if still_ours && self.delete(&key, &found).await? {
+        let standing = self.read_standing(&lease.subnet).await?;
+        let Some(found) = &standing.key else { return Ok(()) };
+        let still_ours = match self.recorded(&standing) {
+            Recorded::Nobody => attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, &lease.attrs)),
+            Recorded::Us => true,
+            Recorded::Them(_) => false,
+        };
+        if still_ours && found.lease != 0 && self.delete(&lease.subnet, &standing).await? {
             info!(subnet = %lease.subnet, "gave back a lease of ours that the network config no longer allows");
-            self.revoke_if_bare(found.handle).await;
+            self.revoke_if_bare(found.lease, &lease.attrs).await;
         }
         Ok(())
     }
@@ -205,44 +233,57 @@ impl Registry {
         subnet: Subnet,
         attrs: &LeaseAttrs,
     ) -> Result<Option<HeldLease>, StoreError> {
-        match self.read(&self.layout.lease(&subnet)).await? {
-            Some(found) if attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs)) => {
-                self.adopt_found(grant, found, subnet, attrs).await
+        let standing = self.read_standing(&subnet).await?;
+        let Some(found) = &standing.key else { return Ok(None) };
+        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+        match self.recorded(&standing) {
+            Recorded::Nobody if !has_our_address => Ok(None),
+            Recorded::Nobody | Recorded::Us => self.adopt_found(grant, subnet, attrs, &standing, None).await,
+            Recorded::Them(them) if has_our_address || self.is_our_id(&them) => {
+                match self.ask(subnet, &standing, &them, attrs).await? {
+                    Some(question) => {
+                        self.adopt_found(grant, subnet, attrs, &standing, Some((question, &them))).await
+                    }
+                    None => Ok(None),
+                }
             }
-            _ => Ok(None),
+            Recorded::Them(_) => Ok(None),
         }
     }
 
+    /// The same for a lease that is ours, or whose holder has been asked.
     async fn adopt_found(
         &self,
         grant: &mut Grant,
-        found: Found,
         subnet: Subnet,
         attrs: &LeaseAttrs,
+        standing: &Standing,
+        asked: Option<(i64, &Record)>,
     ) -> Result<Option<HeldLease>, StoreError> {
-        let key = self.layout.lease(&subnet);
-        let value = attrs.to_json();
-        let as_it_stands = found.value == value.as_bytes();
-        let written = |id| self.replace(&key, &value, id, found.revision);
-
-        if found.handle == 0 {
-            let held = as_it_stands || written(0).await?;
-            return Ok(held.then(|| reserved(subnet, attrs)));
+        let Some(found) = &standing.key else { return Ok(None) };
+        let written = async |id| {
+            let question = asked.map(|(question, _)| question);
+            match (self.write(&subnet, attrs, id, standing, question).await?, asked) {
+                (Written::Answered, Some((_, them))) => Err(self.twin(subnet, them, attrs)),
+                (written, _) => Ok(written == Written::Done),
+            }
+        };
+        if found.lease == 0 {
+            return Ok(written(0).await?.then(|| reserved(subnet, attrs)));
         }
 
         // A lease of another term is not flannel's: nobody would renew it in time.
         let asked = Instant::now();
-        if self.granted_term(found.handle).await? == Some(TERM) && self.keep_alive(found.handle).await? {
-            let held = as_it_stands || written(found.handle).await?;
-            return Ok(held.then(|| leased(subnet, attrs, found.handle, asked)));
+        if self.granted_term(found.lease).await? == Some(TERM) && self.keep_alive(found.lease).await? {
+            return Ok(written(found.lease).await?.then(|| leased(subnet, attrs, found.lease, asked)));
         }
 
-        let (id, since) = grant.get(self).await?;
+        let (id, since) = grant.get(self, attrs).await?;
         if !written(id).await? {
             return Ok(None);
         }
         grant.used = true;
-        self.revoke_if_bare(found.handle).await;
+        self.revoke_if_bare(found.lease, attrs).await;
         Ok(Some(leased(subnet, attrs, id, since)))
     }
 
@@ -277,14 +318,14 @@ impl Race {
 }
 
 /// Reads whose key this is. One that cannot be read is nobody's to overwrite.
-fn readable(key: &str, found: &Found) -> Result<LeaseAttrs, StoreError> {
+fn readable(key: &str, found: &Entry) -> Result<LeaseAttrs, StoreError> {
     attributes(&found.value).map_err(|reason| StoreError::Refused {
         operation: format!("keeping {key}"),
         source: format!("somebody has written a value there that is no lease: {reason}").into(),
     })
 }
 
-fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
+pub(crate) fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
     match (one.public_ip, other.public_ip) {
         (None, None) => one.public_ipv6.is_some() && one.public_ipv6 == other.public_ipv6,
         (one, other) => one == other,

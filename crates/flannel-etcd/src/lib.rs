@@ -6,39 +6,51 @@
 //! leases of others beyond one list and one watch.
 //!
 //! ```text
-//!   connect     settings → clients of one endpoint
-//!   call        one request, several endpoints, deadlines
-//!   codec       keys and values ⇄ leases
-//!   registry    the requests
-//!   lease       taking, keeping and restoring a subnet
 //!   watch       everybody's leases, for ever
+//!   trace       whether a history is the one that we know
+//!   lease       taking, keeping and restoring a subnet
+//!   hosts       whether it is this host that holds it
+//!   registry    the requests
+//!   codec       keys and values ⇄ leases
+//!   kv          the seam: what is asked of an etcd
+//!   cluster     the real one behind it; stream, its watches
+//!   call        one request, several endpoints, deadlines
+//!   gate        credentials that were refused
+//!   connect     settings → clients of one endpoint
 //! ```
 
 mod call;
+mod cluster;
 mod codec;
 mod connect;
+mod gate;
+mod hosts;
+pub mod kv;
 mod lease;
 mod registry;
+mod stream;
+mod trace;
 mod watch;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use flannel_core::lease::{Expiry, HeldLease, LeaseAttrs, Subnet};
+use flannel_core::lease::{Expiry, HeldLease, HostIdentity, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
-use flannel_core::store::{LeaseStore, StoreError};
+use flannel_core::store::{LeaseStore, Snapshot, StoreError};
 
+pub use crate::cluster::Cluster;
 pub use crate::connect::{Password, Settings, SettingsError, check_endpoint};
 pub use crate::watch::EtcdWatch;
 
-use crate::call::Cluster;
 use crate::codec::Layout;
 use crate::connect::Dial;
+use crate::kv::Kv;
 use crate::registry::{First, PAGE, Registry};
 
 /// Leases in etcd.
-#[derive(Clone)]
-pub struct EtcdStore {
-    registry: Arc<Registry>,
+pub struct EtcdStore<K: Kv = Cluster> {
+    registry: Arc<Registry<K>>,
 }
 
 impl EtcdStore {
@@ -58,13 +70,36 @@ impl EtcdStore {
     #[doc(hidden)]
     pub async fn with_page_size(settings: &Settings, page: i64) -> Result<Self, SettingsError> {
         let cluster = Cluster::new(Dial::new(settings).await?);
-        let layout = Layout::new(&settings.prefix);
-        Ok(Self { registry: Arc::new(Registry { cluster, layout, page, first: First::default() }) })
+        Ok(Self::over(cluster, &settings.prefix, page, settings.host.clone()))
     }
 }
 
-impl LeaseStore for EtcdStore {
-    type Watch = EtcdWatch;
+impl<K: Kv> EtcdStore<K> {
+    /// The same on whatever is behind the seam.
+    #[doc(hidden)]
+    pub fn over(kv: K, prefix: &str, page: i64, host: Option<HostIdentity>) -> Self {
+        let layout = Layout::new(prefix);
+        Self {
+            registry: Arc::new(Registry {
+                kv,
+                layout,
+                page,
+                host,
+                unfenced: AtomicBool::new(false),
+                first: First::default(),
+            }),
+        }
+    }
+}
+
+impl<K: Kv> Clone for EtcdStore<K> {
+    fn clone(&self) -> Self {
+        Self { registry: self.registry.clone() }
+    }
+}
+
+impl<K: Kv> LeaseStore for EtcdStore<K> {
+    type Watch = EtcdWatch<K>;
 
     fn config_key(&self) -> String {
         self.registry.layout.config().into()
@@ -91,11 +126,19 @@ impl LeaseStore for EtcdStore {
         self.registry.publish(held, attrs).await
     }
 
-    fn host_moved(&self) {
-        self.registry.cluster.start_over();
+    async fn list(&self) -> Result<Snapshot, StoreError> {
+        self.registry.list().await.map(|listing| listing.snapshot)
     }
 
-    fn watch(&self) -> EtcdWatch {
+    fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<K> {
+        self.registry.clone().hold(held.lease.subnet)
+    }
+
+    fn host_moved(&self) {
+        self.registry.kv.start_over();
+    }
+
+    fn watch(&self) -> EtcdWatch<K> {
         EtcdWatch::new(self.registry.clone())
     }
 }

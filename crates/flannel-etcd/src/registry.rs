@@ -4,17 +4,18 @@
 //! an etcd lease is granted under an id of our choosing, and a transaction that
 //! finds its own work already done counts as done.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use etcd_client::{Compare, CompareOp, GetOptions, LeaseGrantOptions, LeaseTimeToLiveOptions, PutOptions};
-use etcd_client::{Error as EtcdError, ResponseHeader, Txn, TxnOp, TxnOpResponse};
-use flannel_core::lease::Lease;
+use flannel_core::lease::{HostIdentity, Lease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{Snapshot, StoreError};
 
-use crate::call::{Cluster, FAILED_PRECONDITION, Failure, NOT_FOUND, OUT_OF_RANGE};
 use crate::codec::Layout;
+use crate::hosts::Record;
+use crate::kv::{Answer, Compare, Entry, Failure, Kv, Moment, Op, Range, Refusal, Term, Txn};
+use crate::trace::Trace;
 
 /// The term of a lease in seconds, flannel's 24 hours.
 pub(crate) const TERM: i64 = 86_400;
@@ -27,11 +28,18 @@ pub(crate) const PAGE: i64 = 10_000;
 /// the last page was read.
 const LISTS: usize = 5;
 
+/// How often an etcd lease that is there and then is not is asked for again.
+const GRANTS: usize = 3;
+
 /// What flannel keeps under one prefix of one etcd.
-pub(crate) struct Registry {
-    pub(crate) cluster: Cluster,
+pub(crate) struct Registry<K> {
+    pub(crate) kv: K,
     pub(crate) layout: Layout,
     pub(crate) page: i64,
+    /// Who we are, if other hosts with our address are to be told from us.
+    pub(crate) host: Option<HostIdentity>,
+    /// Whether that cannot be done for want of a permission.
+    pub(crate) unfenced: AtomicBool,
     /// What the first watch begins with.
     pub(crate) first: First,
 }
@@ -66,36 +74,56 @@ impl First {
 pub(crate) struct Listing {
     pub(crate) snapshot: Snapshot,
     pub(crate) moment: Moment,
+    /// What this history is known by.
+    pub(crate) trace: Trace,
 }
 
-/// A point in the history of one etcd cluster.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Moment {
-    pub(crate) cluster: u64,
-    pub(crate) term: u64,
-    pub(crate) revision: i64,
+/// What stands at a subnet.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Standing {
+    /// The lease.
+    pub(crate) key: Option<Entry>,
+    /// The record of the host that holds it.
+    pub(crate) record: Option<Entry>,
+    /// Another host's question whether that one lives.
+    pub(crate) asks: Option<Entry>,
+    /// When that was.
+    pub(crate) moment: Moment,
 }
 
-impl Moment {
-    pub(crate) fn of(header: Option<&ResponseHeader>) -> Self {
-        header.map_or_else(Self::default, |header| Self {
-            cluster: header.cluster_id(),
-            term: header.raft_term(),
-            revision: header.revision(),
-        })
+impl Standing {
+    pub(crate) fn of(answer: Answer) -> Self {
+        let mut found = answer.found.into_iter();
+        let mut next = || found.next().flatten();
+        Self { key: next(), record: next(), asks: next(), moment: answer.moment }
+    }
+
+    /// Whether lease and record have not been written since `then`.
+    pub(crate) fn is_held_as(&self, then: &Self) -> bool {
+        let modified = |entry: &Option<Entry>| entry.as_ref().map(|entry| entry.modified);
+        modified(&self.key) == modified(&then.key) && modified(&self.record) == modified(&then.record)
     }
 }
 
-/// A key as it stands.
-pub(crate) struct Found {
-    pub(crate) value: Vec<u8>,
-    /// The etcd lease it hangs on, 0 for none.
-    pub(crate) handle: i64,
-    /// When it was last written.
-    pub(crate) revision: i64,
+/// That `key` is as it was found.
+pub(crate) fn unchanged(key: &str, found: &Option<Entry>) -> Compare {
+    match found {
+        Some(entry) => Compare::Modified(key.into(), entry.modified),
+        None => Compare::Absent(key.into()),
+    }
 }
 
-impl Registry {
+/// What became of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    Done,
+    /// Something else stands there.
+    Not,
+    /// Nothing else stands there, and whoever holds it has answered our question.
+    Answered,
+}
+
+impl<K: Kv> Registry<K> {
     pub(crate) async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
         let key = self.layout.config();
         let found = self.read(key).await?.ok_or_else(|| StoreError::NoConfig { key: key.into() })?;
@@ -108,14 +136,14 @@ impl Registry {
     pub(crate) async fn list(&self) -> Result<Listing, StoreError> {
         for _ in 0..LISTS {
             match self.list_once().await {
-                Err(Failure::Refused(refusal)) if refusal.code == OUT_OF_RANGE => {}
+                Err(failure) if failure.is(Refusal::OUT_OF_RANGE) => {}
                 answer => {
                     return answer.map_err(|failure| failure.of(format!("listing {}", self.layout.leases())));
                 }
             }
         }
         Err(StoreError::Unreachable {
-            endpoints: self.cluster.endpoints(),
+            endpoints: self.kv.endpoints(),
             source: "the history is compacted faster than the leases can be listed".into(),
         })
     }
@@ -123,173 +151,181 @@ impl Registry {
     async fn list_once(&self) -> Result<Listing, Failure> {
         let mut snapshot = Snapshot::default();
         let mut moment: Option<Moment> = None;
-        let mut from = self.layout.leases().as_bytes().to_vec();
+        let mut trace = Trace::default();
+        let mut range = Range { limit: self.page, ..self.layout.all_leases() };
         loop {
-            let options = GetOptions::new()
-                .with_range(self.layout.leases_end())
-                .with_limit(self.page)
-                .with_revision(moment.map_or(0, |moment| moment.revision));
-            let page = self
-                .cluster
-                .call(|mut clients| {
-                    let (from, options) = (from.clone(), options.clone());
-                    async move { clients.kv.get(from, Some(options)).await }
-                })
-                .await?;
-            let moment = *moment.get_or_insert_with(|| Moment::of(page.header()));
-            for kv in page.kvs() {
-                match self.layout.decode(kv) {
+            let page = self.kv.range(range.clone()).await?;
+            let moment = *moment.get_or_insert(page.moment);
+            for entry in &page.entries {
+                trace.put(entry);
+                match self.layout.decode(entry) {
                     Ok(lease) => snapshot.leases.push(lease),
                     Err(unreadable) => snapshot.unreadable.push(unreadable),
                 }
             }
-            match page.kvs().last() {
-                Some(last) if page.more() => {
-                    from = last.key().to_vec();
-                    from.push(0);
+            match page.entries.into_iter().last() {
+                Some(last) if page.more => {
+                    range.from = last.key;
+                    range.from.push(0);
+                    range.revision = moment.revision;
                 }
-                _ => return Ok(Listing { snapshot, moment }),
+                _ => return Ok(Listing { snapshot, moment, trace }),
             }
         }
     }
 
-    pub(crate) async fn read(&self, key: &str) -> Result<Option<Found>, StoreError> {
-        let answer = self
-            .cluster
-            .call(|mut clients| async move { clients.kv.get(key, None).await })
-            .await
-            .map_err(|failure| failure.of(format!("reading {key}")))?;
-        Ok(answer.kvs().first().map(|kv| Found {
-            value: kv.value().to_vec(),
-            handle: kv.lease(),
-            revision: kv.mod_revision(),
-        }))
+    async fn read(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        let page = self.kv.range(Range { from: key.into(), ..Range::default() }).await;
+        let page = page.map_err(|failure| failure.of(format!("reading {key}")))?;
+        Ok(page.entries.into_iter().next())
     }
 
-    /// Writes a key that nobody holds; `false` if somebody does.
-    pub(crate) async fn create(&self, key: &str, value: &str, handle: i64) -> Result<bool, StoreError> {
-        self.write(key, value, handle, Compare::create_revision(key, CompareOp::Equal, 0)).await
+    /// What stands at a subnet now.
+    pub(crate) async fn read_standing(&self, subnet: &Subnet) -> Result<Standing, StoreError> {
+        let standing = self.standing(subnet).await;
+        standing.map_err(|failure| failure.of(format!("reading {}", self.layout.lease(subnet))))
     }
 
-    /// Writes a key that nobody has written since `revision`; `false` if somebody has.
-    pub(crate) async fn replace(
+    pub(crate) async fn standing(&self, subnet: &Subnet) -> Result<Standing, Failure> {
+        let read = |host: Option<&HostIdentity>| self.layout.keys_of(subnet, host.is_some());
+        self.fenced_txn(|host| Txn { read: read(host), ..Txn::default() }).await.map(Standing::of)
+    }
+
+    /// Publishes `attrs` on a subnet, with our record beside it, all of it hanging on `handle`, and
+    /// over nothing but what stood there. Nothing is written that is right already.
+    pub(crate) async fn write(
         &self,
-        key: &str,
-        value: &str,
+        subnet: &Subnet,
+        attrs: &LeaseAttrs,
         handle: i64,
-        revision: i64,
-    ) -> Result<bool, StoreError> {
-        self.write(key, value, handle, Compare::mod_revision(key, CompareOp::Equal, revision)).await
-    }
-
-    async fn write(&self, key: &str, value: &str, handle: i64, when: Compare) -> Result<bool, StoreError> {
-        let put = TxnOp::put(key, value, Some(PutOptions::new().with_lease(handle)));
-        let transaction = Txn::new().when([when]).and_then([put]).or_else([TxnOp::get(key, None)]);
-        let answer = self
-            .cluster
-            .call(|mut clients| {
-                let transaction = transaction.clone();
-                async move { clients.kv.txn(transaction).await }
-            })
-            .await;
-        let answer = match answer {
+        over: &Standing,
+        question: Option<i64>,
+    ) -> Result<Written, StoreError> {
+        let (key, record) = (self.layout.lease(subnet), self.layout.record(subnet));
+        let value = attrs.to_json();
+        let our_record = |host: &HostIdentity| Record::of(host, attrs).to_json();
+        let is = |entry: &Option<Entry>, value: &str| {
+            entry.as_ref().is_some_and(|entry| entry.value == value.as_bytes() && entry.lease == handle)
+        };
+        let stands = |standing: &Standing, host: Option<&HostIdentity>| {
+            is(&standing.key, &value) && host.is_none_or(|host| is(&standing.record, &our_record(host)))
+        };
+        if question.is_none() && stands(over, self.fenced()) {
+            return Ok(Written::Done);
+        }
+        let answer = self.fenced_txn(|host| {
+            let mut txn = Txn { read: self.layout.keys_of(subnet, host.is_some()), ..Txn::default() };
+            txn.when.push(unchanged(&key, &over.key));
+            if !is(&over.key, &value) {
+                txn.then.push(Op::Put(key.clone().into(), value.clone().into(), handle));
+            }
+            let Some(host) = host else { return txn };
+            // A record without a key is nobody's.
+            if over.key.is_some() {
+                txn.when.push(unchanged(&record, &over.record));
+            }
+            if !is(&over.record, &our_record(host)) {
+                txn.then.push(Op::Put(record.clone().into(), our_record(host).into(), handle));
+            }
+            if let Some(revision) = question {
+                let asks = self.layout.asks(subnet);
+                txn.when.push(Compare::Modified(asks.clone().into(), revision));
+                txn.then.push(Op::Delete(asks.into()));
+            }
+            txn
+        });
+        let answer = match answer.await {
             // The etcd lease ran out meanwhile: as much a lost race as any other.
-            Err(Failure::Refused(refusal)) if refusal.code == NOT_FOUND => return Ok(false),
+            Err(failure) if failure.is(Refusal::NOT_FOUND) => return Ok(Written::Not),
             answer => answer.map_err(|failure| failure.of(format!("writing {key}")))?,
         };
-        if answer.succeeded() {
-            return Ok(true);
-        }
+        let (succeeded, now) = (answer.succeeded, Standing::of(answer));
         // An earlier attempt may have been carried out though its answer was lost.
-        let is_ours = |answer: &TxnOpResponse| match answer {
-            TxnOpResponse::Get(get) => {
-                get.kvs().first().is_some_and(|kv| kv.value() == value.as_bytes() && kv.lease() == handle)
-            }
-            _ => false,
-        };
-        Ok(answer.op_responses().iter().any(is_ours))
-    }
-
-    /// Deletes a key that is still as it was found; whether it is gone.
-    pub(crate) async fn delete(&self, key: &str, found: &Found) -> Result<bool, StoreError> {
-        let transaction = Txn::new()
-            .when([Compare::mod_revision(key, CompareOp::Equal, found.revision)])
-            .and_then([TxnOp::delete(key, None)]);
-        let answer = self
-            .cluster
-            .call(|mut clients| {
-                let transaction = transaction.clone();
-                async move { clients.kv.txn(transaction).await }
-            })
-            .await
-            .map_err(|failure| failure.of(format!("deleting {key}")))?;
-        Ok(answer.succeeded())
-    }
-
-    /// A new etcd lease of one term.
-    pub(crate) async fn grant(&self) -> Result<i64, StoreError> {
-        let id = rand::random_range(1..=i64::MAX);
-        let granted = self
-            .cluster
-            .call(|mut clients| async move {
-                clients.lease.grant(TERM, Some(LeaseGrantOptions::new().with_id(id))).await
-            })
-            .await;
-        match granted {
-            Ok(_) => Ok(id),
-            // Nobody else draws the same 63 bits: this is an earlier attempt of ours.
-            Err(Failure::Refused(refusal)) if refusal.code == FAILED_PRECONDITION => Ok(id),
-            Err(failure) => Err(failure.of("granting an etcd lease")),
+        if succeeded || stands(&now, self.fenced()) {
+            return Ok(Written::Done);
         }
+        let answered = question.is_some() && now.asks.is_none() && now.is_held_as(over);
+        Ok(if answered { Written::Answered } else { Written::Not })
+    }
+
+    /// Deletes a lease of ours and its record, if they are still as they were found; whether they are gone.
+    pub(crate) async fn delete(&self, subnet: &Subnet, found: &Standing) -> Result<bool, StoreError> {
+        let (key, record) = (self.layout.lease(subnet), self.layout.record(subnet));
+        let answer = self.fenced_txn(|host| {
+            let mut txn = Txn::default();
+            txn.when.push(unchanged(&key, &found.key));
+            txn.then.push(Op::Delete(key.clone().into()));
+            if host.is_some() && found.record.is_some() {
+                txn.when.push(unchanged(&record, &found.record));
+                txn.then.push(Op::Delete(record.clone().into()));
+            }
+            txn
+        });
+        Ok(answer.await.map_err(|failure| failure.of(format!("deleting {key}")))?.succeeded)
+    }
+
+    /// An etcd lease of one term for this host. Its id is the same each time, so
+    /// that one which a crash left without a key is found again.
+    pub(crate) async fn grant(&self, attrs: &LeaseAttrs) -> Result<i64, StoreError> {
+        let grant = async |id| {
+            self.kv.grant(id, TERM).await.map_err(|failure| failure.of(format!("granting etcd lease {id:x}")))
+        };
+        if let Some(id) = self.own_id(attrs) {
+            for _ in 0..GRANTS {
+                if grant(id).await? {
+                    return Ok(id);
+                }
+                match self.granted_term(id).await? {
+                    Some(TERM) if self.keep_alive(id).await? => return Ok(id),
+                    // It has ended meanwhile.
+                    Some(TERM) | None => {}
+                    // Then it is not ours.
+                    Some(_) => break,
+                }
+            }
+        }
+        let id = rand::random_range(1..=i64::MAX);
+        // Nobody else draws the same 63 bits: one that is there already is an earlier attempt of ours.
+        grant(id).await?;
+        Ok(id)
+    }
+
+    /// The id of the etcd lease of this host at its address. The hash may be
+    /// another one with another release of Rust; what the former one left then
+    /// runs out within a day.
+    fn own_id(&self, attrs: &LeaseAttrs) -> Option<i64> {
+        let host = self.host.as_ref()?;
+        let mut hasher = DefaultHasher::new();
+        (&host.id, attrs.public_ip, attrs.public_ipv6, self.layout.config()).hash(&mut hasher);
+        let id = i64::try_from(hasher.finish() >> 1).expect("63 bits are no more than i64 has");
+        Some(id.max(1))
     }
 
     /// Begins a new term of an etcd lease; `false` if it is gone.
     pub(crate) async fn keep_alive(&self, id: i64) -> Result<bool, StoreError> {
-        self.cluster
-            .call(|mut clients| async move {
-                match clients.lease.keep_alive(id).await {
-                    Ok(_) => Ok(true),
-                    Err(EtcdError::LeaseKeepAliveError(words)) if words == "lease not found" => Ok(false),
-                    Err(error) => Err(error),
-                }
-            })
-            .await
-            .or_else(|failure| match failure {
-                Failure::Refused(refusal) if refusal.code == NOT_FOUND => Ok(false),
-                failure => Err(failure.of(format!("keeping etcd lease {id:x} alive"))),
-            })
+        let kept = self.kv.keep_alive(id).await;
+        kept.map_err(|failure| failure.of(format!("keeping etcd lease {id:x} alive")))
     }
 
     /// The term an etcd lease was granted for; `None` if it is gone.
     pub(crate) async fn granted_term(&self, id: i64) -> Result<Option<i64>, StoreError> {
-        let answer =
-            self.cluster.call(|mut clients| async move { clients.lease.time_to_live(id, None).await }).await;
-        match answer {
-            Ok(answer) => Ok(Some(answer.granted_ttl()).filter(|_| answer.ttl() > 0)),
-            Err(Failure::Refused(refusal)) if refusal.code == NOT_FOUND => Ok(None),
-            Err(failure) => Err(failure.of(format!("asking for the term of etcd lease {id:x}"))),
-        }
+        let term = self.kv.term(id).await;
+        let term = term.map_err(|failure| failure.of(format!("asking for the term of etcd lease {id:x}")))?;
+        Ok(term.map(|term| term.granted))
     }
 
     /// Ends an etcd lease if no key hangs on it, since they would go with it.
     /// A lease that stays costs etcd a little until it runs out, so whatever
     /// goes wrong here is not worth a word to the caller.
-    pub(crate) async fn revoke_if_bare(&self, id: i64) {
-        let keys = LeaseTimeToLiveOptions::new().with_keys();
-        let answer = self
-            .cluster
-            .call(|mut clients| {
-                let keys = keys.clone();
-                async move { clients.lease.time_to_live(id, Some(keys)).await }
-            })
-            .await;
-        if answer.is_ok_and(|answer| answer.ttl() > 0 && answer.keys().is_empty()) {
-            self.revoke(id).await;
+    ///
+    /// Our own one, that of the host with `attrs`, stays: it is used again, and a
+    /// request that reaches etcd late, by a member that was stopped, would take
+    /// the key along that hangs on it by then.
+    pub(crate) async fn revoke_if_bare(&self, id: i64, attrs: &LeaseAttrs) {
+        if self.own_id(attrs) != Some(id) && matches!(self.kv.term(id).await, Ok(Some(Term { keys: 0, .. })))
+        {
+            let revoked = self.kv.revoke(id).await;
+            tracing::debug!(id = format!("{id:x}"), done = revoked.is_ok(), "revoked an etcd lease");
         }
-    }
-
-    async fn revoke(&self, id: i64) {
-        let revoked = self.cluster.call(|mut clients| async move { clients.lease.revoke(id).await }).await;
-        tracing::debug!(id = format!("{id:x}"), done = revoked.is_ok(), "revoked an etcd lease");
     }
 }

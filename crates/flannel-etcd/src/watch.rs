@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!   Empty ──list──▶ Listed ──open──▶ Watching ──▶ events
-//!     ▲               ▲                 │ │
-//!     │               └── broken off ◀──┘ │
-//!     └── history compacted, another etcd ┘
+//!     ▲                               │   ▲ │
+//!     │                    broken off ▼   │ │
+//!     ├── not the same ◀── Broken ──proof─┘ │
+//!     └── history compacted ◀───────────────┘
 //! ```
 //!
 //! The watch begins at the revision after the list's, so nothing falls between
-//! the two. The list is that by which our own lease was taken, if it is the first. It goes on at the revision of the last event handed out and passes
-//! over what it has had of it: etcd may cut one large revision into fragments,
-//! and only an event of a later revision shows that one is over.
+//! the two. The list is that by which our own lease was taken, if it is the first.
+//! It goes on at the revision of the last event handed out and passes over what it
+//! has had of it: etcd may cut one large revision into fragments, and only an event
+//! of a later revision shows that one is over. And it goes on only where the
+//! history is still the one that we know.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::mem::{Discriminant, discriminant, replace};
@@ -18,35 +21,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::ExponentialBackoff;
-use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
+use flannel_core::lease::Subnet;
 use flannel_core::store::{LeaseEvent, LeaseWatch, StoreError};
-use tokio::sync::watch::Receiver;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info};
 
-use crate::call::{Failure, OUT_OF_RANGE, Trouble, delays};
+use crate::call::{STEADY, delays};
+use crate::cluster::Cluster;
 use crate::codec::Layout;
-use crate::registry::{Moment, Registry};
-
-/// How long a stream may say nothing before it is asked whether it lives. A
-/// dead connection is found sooner, by HTTP/2 pings; this is for a live
-/// connection to a member that has stopped serving.
-const QUIET: Duration = Duration::from_secs(60);
-
-/// How long the answer to that may take.
-const ANSWER: Duration = Duration::from_secs(10);
-
-/// A stream that has lasted that long was a good one.
-const STEADY: Duration = Duration::from_secs(5);
-
-/// What etcd says of the answer to a progress request, which is about all
-/// watches of a stream at once.
-const EVERY_WATCH: i64 = -1;
+use crate::kv::{Ended, Failure, Happened, Kv, KvStream, Moment, Opened, Portion, Range, Refusal};
+use crate::registry::Registry;
+use crate::trace::Trace;
 
 /// The watch of one etcd prefix.
-pub struct EtcdWatch {
-    registry: Arc<Registry>,
-    state: State,
+pub struct EtcdWatch<K: Kv = Cluster> {
+    registry: Arc<Registry<K>>,
+    state: State<K::Stream>,
     queue: VecDeque<LeaseEvent>,
     delays: ExponentialBackoff,
     /// To be slept before the next attempt.
@@ -55,10 +45,12 @@ pub struct EtcdWatch {
     reported: Option<Discriminant<StoreError>>,
 }
 
-enum State {
+enum State<S> {
     Empty,
     Listed(Position),
-    Watching(Box<Watching>),
+    /// A stream has ended, or could not be opened: what is there now may be something else.
+    Broken(Position),
+    Watching(Box<Watching<S>>),
 }
 
 /// How much of the history has been handed out.
@@ -68,33 +60,23 @@ struct Position {
     moment: Moment,
     /// The keys of that revision that have been handed out already.
     delivered: BTreeSet<Vec<u8>>,
+    /// What the history is known by.
+    trace: Trace,
 }
 
-struct Watching {
-    stream: WatchStream,
-    /// Changes when all connections are given up.
-    given_up: Receiver<usize>,
-    /// The endpoint it comes from.
-    place: usize,
+struct Watching<S> {
+    stream: S,
     opened: Instant,
     position: Position,
 }
 
-/// What became of a stream.
-enum Fate {
-    GoesOn,
-    Broken(Trouble),
-    /// What we know is not where this history goes on.
-    Outdated(&'static str),
-}
-
-impl EtcdWatch {
-    pub(crate) fn new(registry: Arc<Registry>) -> Self {
+impl<K: Kv> EtcdWatch<K> {
+    pub(crate) fn new(registry: Arc<Registry<K>>) -> Self {
         let mut queue = VecDeque::new();
         let mut state = State::Empty;
         if let Some(listing) = registry.first.take() {
             queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
-            state = State::Listed(Position::after(listing.moment));
+            state = State::Listed(Position::after(listing.moment, listing.trace));
         }
         Self { registry, state, queue, delays: delays(), delay: None, reported: None }
     }
@@ -109,100 +91,50 @@ impl EtcdWatch {
             State::Empty => {
                 let listing = self.registry.list().await?;
                 self.queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
-                State::Listed(Position::after(listing.moment))
+                State::Listed(Position::after(listing.moment, listing.trace))
             }
-            State::Listed(position) => {
-                let given_up = self.registry.cluster.gives_up();
-                match self.open(&position).await {
-                    Ok(Some((stream, place))) => {
-                        let opened = Instant::now();
-                        State::Watching(Box::new(Watching { stream, given_up, place, opened, position }))
-                    }
-                    Ok(None) => self.outdated("the history does not go on where we were"),
-                    Err(error) => {
-                        self.state = State::Listed(position);
-                        return Err(error);
-                    }
+            State::Listed(position) => self.open(position, false).await?,
+            State::Broken(position) => self.open(position, true).await?,
+            State::Watching(mut watching) => match watching.stream.next().await {
+                Ok(portion) => {
+                    watching.take(portion, &self.registry.layout, &mut self.queue);
+                    State::Watching(watching)
                 }
-            }
-            State::Watching(mut watching) => {
-                match watching.receive(&self.registry.layout, &mut self.queue).await {
-                    Fate::GoesOn => State::Watching(watching),
-                    Fate::Outdated(reason) => self.outdated(reason),
-                    Fate::Broken(trouble) => {
-                        self.registry.cluster.leave(watching.place, &trouble);
-                        if watching.opened.elapsed() > STEADY {
-                            self.delays = delays();
-                        }
-                        self.delay = self.delays.next();
-                        State::Listed(watching.position)
+                Err(Ended::Compacted) => self.outdated("history compacted"),
+                Err(Ended::Broken(reason)) => {
+                    debug!(reason, "the watch has ended");
+                    if watching.opened.elapsed() > STEADY {
+                        self.delays = delays();
                     }
+                    self.delay = self.delays.next();
+                    State::Broken(watching.position)
                 }
-            }
+            },
         };
         Ok(())
     }
 
-    fn outdated(&mut self, reason: &'static str) -> State {
+    async fn open(&mut self, position: Position, broken: bool) -> Result<State<K::Stream>, StoreError> {
+        match open(&self.registry, &position, broken).await {
+            Ok(Some(stream)) => {
+                Ok(State::Watching(Box::new(Watching { stream, opened: Instant::now(), position })))
+            }
+            Ok(None) => Ok(self.outdated("the history does not go on where we were")),
+            Err(error) => {
+                self.state = State::Broken(position);
+                Err(error)
+            }
+        }
+    }
+
+    fn outdated(&mut self, reason: &'static str) -> State<K::Stream> {
         info!(reason, "listing all leases again");
         self.delay = self.delays.next();
         State::Empty
     }
-
-    /// Opens the stream at `position`; `None` if that is not in this history.
-    async fn open(&self, position: &Position) -> Result<Option<(WatchStream, usize)>, StoreError> {
-        let (registry, moment) = (&self.registry, position.moment);
-        let options = WatchOptions::new()
-            .with_range(registry.layout.leases_end())
-            .with_start_revision(moment.revision)
-            .with_progress_notify()
-            .with_fragment();
-        let operation = || format!("watching {}", registry.layout.leases());
-        for first_try in [true, false] {
-            let opened = registry
-                .cluster
-                .call_with_place(|mut clients| {
-                    let options = options.clone();
-                    async move {
-                        let mut stream = clients.watch.watch(registry.layout.leases(), Some(options)).await?;
-                        let created = stream.message().await?;
-                        Ok((stream, created))
-                    }
-                })
-                .await;
-            let ((stream, created), place) = match opened {
-                Err(Failure::Refused(refusal)) if refusal.code == OUT_OF_RANGE => {
-                    return Ok(None);
-                }
-                opened => opened.map_err(|failure| failure.of(operation()))?,
-            };
-            let Some(created) =
-                created.filter(|created| !created.canceled() || created.compact_revision() == 0)
-            else {
-                return Ok(None);
-            };
-            if !created.canceled() {
-                return Ok(position.continues(Moment::of(created.header())).then_some((stream, place)));
-            }
-            // A token that ran out comes to light here, in an answer rather than
-            // as the error on which etcd-client would fetch a new one.
-            registry.cluster.forget(place);
-            if !first_try || !registry.cluster.has_user() {
-                let source = created.cancel_reason().to_owned().into();
-                return Err(StoreError::Refused { operation: operation(), source });
-            }
-        }
-        unreachable!("the second try returns")
-    }
-
-    fn settled(&mut self) {
-        if self.reported.take().is_some() {
-            info!("the leases can be watched again");
-        }
-    }
 }
 
-impl LeaseWatch for EtcdWatch {
+impl<K: Kv> LeaseWatch for EtcdWatch<K> {
     async fn next(&mut self) -> Result<LeaseEvent, StoreError> {
         loop {
             if let Some(event) = self.queue.pop_front() {
@@ -212,9 +144,12 @@ impl LeaseWatch for EtcdWatch {
                 Ok(()) => {
                     // A list alone is not health: it may be read where watching is not allowed.
                     if matches!(self.state, State::Watching(_)) {
-                        self.settled();
                         if !self.queue.is_empty() {
                             self.delays = delays();
+                        }
+                        if self.reported.take().is_some() {
+                            info!("the leases can be watched again");
+                            self.queue.push_back(LeaseEvent::Resumed);
                         }
                     }
                 }
@@ -231,17 +166,46 @@ impl LeaseWatch for EtcdWatch {
     }
 }
 
+/// Opens the stream at `position`; `None` if that is not in this history.
+async fn open<K: Kv>(
+    registry: &Registry<K>,
+    position: &Position,
+    broken: bool,
+) -> Result<Option<K::Stream>, StoreError> {
+    let range = Range { revision: position.moment.revision, ..registry.layout.all_leases() };
+    let failed = |failure: Failure| failure.of(format!("watching {}", registry.layout.leases()));
+    let Opened { stream, moment } = match registry.kv.watch(range).await {
+        Err(failure) if failure.is(Refusal::OUT_OF_RANGE) => return Ok(None),
+        opened => opened.map_err(failed)?,
+    };
+    // A member that lags behind says less than it will know: only a proof tells it from another history.
+    let continues =
+        !broken && position.continues(moment) || position.is_proved(&registry.kv).await.map_err(failed)?;
+    Ok(continues.then_some(stream))
+}
+
 impl Position {
-    fn after(moment: Moment) -> Self {
+    fn after(moment: Moment, trace: Trace) -> Self {
         let moment = Moment { revision: moment.revision + 1, ..moment };
-        Self { moment, delivered: BTreeSet::new() }
+        Self { moment, delivered: BTreeSet::new(), trace }
     }
 
-    /// Whether a member whose history has come to `now` is one that we have
-    /// seen up to this position. An etcd that was wiped or restored is not.
+    /// The last moment that we know.
+    fn seen(&self) -> Moment {
+        let revision = self.moment.revision - i64::from(self.delivered.is_empty());
+        Moment { revision, ..self.moment }
+    }
+
+    /// Whether a member whose history has come to `now` may be one that we have
+    /// seen up to this position. An etcd that was wiped is not.
     fn continues(&self, now: Moment) -> bool {
-        let seen = self.moment.revision - i64::from(self.delivered.is_empty());
-        now.cluster == self.moment.cluster && now.term >= self.moment.term && now.revision >= seen
+        let seen = self.seen();
+        now.cluster == seen.cluster && now.term >= seen.term && now.revision >= seen.revision
+    }
+
+    /// Whether the history there is the one that we have seen, beyond doubt.
+    async fn is_proved<K: Kv>(&self, kv: &K) -> Result<bool, Failure> {
+        self.trace.is_of(kv, self.seen()).await
     }
 
     /// Takes note of an event; `false` if it has been handed out before.
@@ -262,73 +226,56 @@ impl Position {
     }
 }
 
-impl Watching {
-    async fn receive(&mut self, layout: &Layout, queue: &mut VecDeque<LeaseEvent>) -> Fate {
-        let message = tokio::select! {
-            // What the stream has had is not lost with it: the next one begins at the position.
-            Ok(()) = self.given_up.changed() => {
-                return Fate::Broken(Trouble::away("this host has another address"));
+impl<S> Watching<S> {
+    fn take(&mut self, portion: Portion, layout: &Layout, queue: &mut VecDeque<LeaseEvent>) {
+        self.position.moment.term = self.position.moment.term.max(portion.term);
+        let mut removed = (0, Vec::new());
+        for event in &portion.events {
+            let (key, revision) = match event {
+                Happened::Put(entry) => (&entry.key, entry.modified),
+                Happened::Deleted(key, revision) => (key, *revision),
+            };
+            if !self.position.pass(revision, key) {
+                continue;
             }
-            message = timeout(QUIET, self.stream.message()) => message,
-        };
-        let response = match message {
-            Ok(response) => response,
-            Err(_) => {
-                if let Err(error) = self.stream.request_progress().await {
-                    return Fate::Broken(Trouble::of(error));
-                }
-                match timeout(ANSWER, self.stream.message()).await {
-                    Ok(response) => response,
-                    Err(_) => return Fate::Broken(Trouble::away("the watch has fallen silent")),
-                }
+            match event {
+                Happened::Put(entry) => self.position.trace.put(entry),
+                Happened::Deleted(key, revision) => self.position.trace.deleted(key, *revision),
             }
-        };
-        match response {
-            Ok(Some(response)) => self.take(&response, layout, queue),
-            Ok(None) => Fate::Broken(Trouble::away("the watch was closed")),
-            Err(error) => match Trouble::of(error) {
-                Trouble::Refused(refusal) if refusal.code == OUT_OF_RANGE => {
-                    Fate::Outdated("history compacted")
-                }
-                trouble => Fate::Broken(trouble),
-            },
-        }
-    }
-
-    fn take(&mut self, response: &WatchResponse, layout: &Layout, queue: &mut VecDeque<LeaseEvent>) -> Fate {
-        if response.compact_revision() > 0 {
-            return Fate::Outdated("history compacted");
-        }
-        if response.canceled() {
-            return Fate::Broken(Trouble::away(response.cancel_reason()));
-        }
-        let now = Moment::of(response.header());
-        self.position.moment.term = self.position.moment.term.max(now.term);
-        for event in response.events() {
-            let Some(kv) = event.kv() else { continue };
-            if self.position.pass(kv.mod_revision(), kv.key()) {
-                queue.extend(decoded(event, layout));
+            // No revision touches a key twice, so within one the order is of no matter.
+            if removed.0 != revision {
+                queue.extend(removal(removed.1));
+                removed = (revision, Vec::new());
+            }
+            match decoded(event, layout) {
+                Some(LeaseEvent::Removed(subnet)) => removed.1.push(subnet),
+                told => queue.extend(told),
             }
         }
-        // The header of a response with events may be ahead of them while the
-        // watch catches up. So may the answer to a progress request, in etcd
-        // before 3.4.25 and 3.5.8 (etcd-io/etcd#15220): a sign of life, no more.
-        if response.events().is_empty() && !response.created() && response.watch_id() != EVERY_WATCH {
-            self.position.reached(now.revision);
+        queue.extend(removal(removed.1));
+        if let Some(revision) = portion.up_to {
+            self.position.reached(revision);
         }
-        Fate::GoesOn
     }
 }
 
-fn decoded(event: &Event, layout: &Layout) -> Option<LeaseEvent> {
-    let kv = event.kv()?;
-    match event.event_type() {
-        EventType::Put => Some(match layout.decode(kv) {
+/// What is told of the leases that went in one revision.
+fn removal(subnets: Vec<Subnet>) -> Option<LeaseEvent> {
+    match *subnets.as_slice() {
+        [] => None,
+        [subnet] => Some(LeaseEvent::Removed(subnet)),
+        _ => Some(LeaseEvent::RemovedTogether(subnets)),
+    }
+}
+
+fn decoded(event: &Happened, layout: &Layout) -> Option<LeaseEvent> {
+    match event {
+        Happened::Put(entry) => Some(match layout.decode(entry) {
             Ok(lease) => LeaseEvent::Put(lease),
             Err(unreadable) => LeaseEvent::Unreadable(unreadable),
         }),
         // A key that was no subnet has never been anything to anybody.
-        EventType::Delete => layout.subnet(kv.key()).map(LeaseEvent::Removed),
+        Happened::Deleted(key, _) => layout.subnet(key).map(LeaseEvent::Removed),
     }
 }
 
@@ -337,7 +284,7 @@ mod tests {
     use super::*;
 
     fn at(revision: i64) -> Position {
-        Position::after(Moment { cluster: 7, term: 2, revision })
+        Position::after(Moment { cluster: 7, term: 2, revision }, Trace::default())
     }
 
     #[test]
@@ -375,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn an_etcd_that_was_wiped_or_restored_is_not_the_same_history() {
+    fn an_etcd_that_was_wiped_is_not_the_same_history() {
         let position = at(10);
         let now = |cluster, term, revision| position.continues(Moment { cluster, term, revision });
 

@@ -405,9 +405,7 @@ impl<'a> Pass<'a> {
                 twin => Ok(Some(refusal.reason(twin.map(|twin| in_the_way(&twin, vxlan))))),
             };
         }
-        if let Err(error) = sysctl::refuse_router_advertisements(name) {
-            debug!(link = %name, %error, "cannot set accept_ra");
-        }
+        refuse_router_advertisements(name);
         if !link.up {
             return Ok(None);
         }
@@ -450,6 +448,10 @@ impl<'a> Pass<'a> {
             }
             _ => None,
         };
+        if should.up && !is.up {
+            // Whoever made it may have come no further.
+            refuse_router_advertisements(name);
+        }
         let outcomes = self.kernel.change(link::change(&is, should, lower))?;
         Ok(outcomes.into_iter().find_map(words_of))
     }
@@ -463,6 +465,13 @@ impl<'a> Pass<'a> {
             Err(Refusal { errno: Errno::ENODEV, .. }) => Ok(None),
             outcome => Ok(words_of(outcome)),
         }
+    }
+}
+
+/// To be done before a device of ours goes up.
+fn refuse_router_advertisements(name: LinkName) {
+    if let Err(error) = sysctl::refuse_router_advertisements(name) {
+        debug!(link = %name, %error, "cannot set accept_ra");
     }
 }
 

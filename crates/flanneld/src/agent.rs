@@ -25,18 +25,19 @@ use std::time::Duration;
 use flannel_core::chain::chain;
 use flannel_core::diff::Step;
 use flannel_core::firewall::{self, Ruleset, Wanted};
+use flannel_core::guard::Guard;
 use flannel_core::host::{Changes, Ensured, Failure, Firewall, HostError, Network};
 use flannel_core::keeper::LeaseKeeper;
 use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::state::LinkName;
-use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
+use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, Snapshot, StoreError};
 use flannel_core::subnet_env::SubnetEnv;
 use flannel_core::underlay::Interface;
 use flannel_core::view::{Applied, Change, LeaseView};
 use ipnetwork::IpNetwork;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -44,13 +45,18 @@ use tracing::{debug, warn};
 use crate::health::{Aspect, Status};
 use crate::lease::delays;
 use crate::reconcile::{Outcome, Reconciler};
+use crate::state_dir::{StateDir, StateError};
 use crate::subnet_file::SubnetFile;
 
+mod doubt;
 mod fight;
+mod note;
 mod said;
 mod tenancy;
 
+use doubt::Question;
 use fight::Fight;
+use note::Note;
 use said::Said;
 
 /// How often between two renewals a value of our own lease that somebody changed is put right: two agents must not
@@ -59,6 +65,9 @@ const REWRITES: u32 = 3;
 
 /// Between attempts that fail again and again.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// Between attempts to write the subnet file: dockerd waits for it, and they cost little.
+const FILE_AGAIN: Duration = Duration::from_secs(1);
 
 /// Between full comparisons that the kernel's word asks for, at least; the first one goes at once.
 const BREATH: Duration = Duration::from_millis(50);
@@ -93,6 +102,11 @@ pub struct Parts<S, N> {
     pub status: watch::Sender<Status>,
     /// Called once, when the host's path to the cluster stands.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+    /// Where the agent remembers what it knows of the cluster.
+    pub state: Option<StateDir>,
+    /// Everybody else's leases as they are remembered, if the store is away and
+    /// our own lease too is only remembered.
+    pub recalled: Option<Vec<Lease>>,
 }
 
 /// What the operator chose.
@@ -108,6 +122,8 @@ pub struct Options {
     pub audit_interval: Duration,
     /// Latest renewal before a lease ends.
     pub renew_margin: Duration,
+    /// How long many peers that vanish at once are held before the store is asked again; zero believes at once.
+    pub removal_grace: Duration,
 }
 
 /// Something that happened.
@@ -116,12 +132,30 @@ enum Input {
     Renewed(Result<Expiry, StoreError>),
     Published(Result<HeldLease, StoreError>),
     Acquired(HeldLease),
+    /// What we stood by belongs to another host.
+    Lost(StoreError),
+    /// All leases, to a question that was asked then.
+    Listed(Instant, Result<Snapshot, StoreError>),
     Rules(Result<Ensured, HostError>),
+    Remembered(Result<(), StateError>),
+    /// The network config is not the one we remembered.
+    Reconfigured,
+}
+
+/// How an agent's run has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to stop.
+    Stopped,
+    /// It has to be started anew, with the network config that the store has now.
+    Reconfigured,
 }
 
 /// What is being done about our own lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tenancy {
+    /// It is remembered; whether it is ours the store has yet to say.
+    Confirming,
     Held,
     Renewing,
     /// The store says something else of it; that is being put right.
@@ -145,8 +179,12 @@ pub struct Agent<S, N, F> {
     parts: Parts<S, N>,
     firewall: Option<F>,
     view: LeaseView,
+    guard: Guard,
+    question: Question,
     keeper: LeaseKeeper,
     tenancy: Tenancy,
+    /// Whether the network config is not the one we remembered.
+    reconfigured: bool,
     /// Whether a snapshot has been seen: before that nothing is written to the kernel.
     listed: bool,
     need: Need,
@@ -180,8 +218,11 @@ pub struct Agent<S, N, F> {
     written: Option<SubnetEnv>,
     /// When the subnet file is to be written; not before the host's own part stands.
     file_due: Option<Instant>,
+    note: Note,
     said: Said,
     inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+    /// The task that answers whoever asks whether we are alive.
+    standing_by: Option<AbortHandle>,
     /// All tasks of the agent; dropping it ends them.
     tasks: JoinSet<()>,
 }
@@ -190,13 +231,16 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// An agent that has done nothing yet.
     pub fn new(parts: Parts<S, N>, firewall: F) -> Self {
         let keeper = LeaseKeeper::new(parts.options.renew_margin, parts.held.expiry, now());
-        parts.status.send_modify(|status| status.lease = Aspect::Good);
+        parts.status.send_modify(|status| (status.lease, status.memory) = (Aspect::Good, Aspect::Good));
         Self {
             rules: watch::Sender::new(ruleset(&parts)),
             firewall: Some(firewall),
             view: LeaseView::default(),
+            guard: Guard::new(parts.options.removal_grace),
+            question: Question::default(),
             keeper,
             tenancy: Tenancy::Held,
+            reconfigured: false,
             listed: false,
             need: Need::Plan,
             retry: None,
@@ -215,8 +259,10 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             bridge: None,
             written: None,
             file_due: Some(Instant::now()),
+            note: Note::default(),
             said: Said::default(),
             inputs: mpsc::channel(256),
+            standing_by: None,
             tasks: JoinSet::new(),
             parts,
         }
@@ -225,16 +271,23 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Runs until `stop`; leaves the kernel, the lease and the file as they are.
     ///
     /// A pass under way is dropped: what it has not done, the next start does.
-    pub async fn run(self, stop: CancellationToken) {
-        tokio::select! {
+    pub async fn run(mut self, stop: CancellationToken) -> Ended {
+        let ended = tokio::select! {
             biased;
-            () = stop.cancelled() => {}
-            () = self.work() => {}
-        }
+            () = stop.cancelled() => Ended::Stopped,
+            ended = self.work() => ended,
+        };
+        self.remember_at_last();
+        ended
     }
 
-    async fn work(mut self) {
+    async fn work(&mut self) -> Ended {
         self.said.lease(&self.parts.held, self.keeper.expiry());
+        if self.parts.recalled.is_some() {
+            self.recall().await;
+        } else {
+            self.stand_by();
+        }
         self.spawn_pump();
         self.spawn_rules();
         let audits = self.parts.options.audit_interval;
@@ -248,7 +301,9 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 biased;
                 () = at(renewal.map(Instant::from_std)) => self.renew(),
                 () = at(file_due) => self.write_file(),
+                () = at(self.question_due()) => self.ask_store(),
                 () = at(self.retry) => self.try_once_more().await,
+                () = at(self.note.due()) => self.remember(),
                 () = at(Some(self.breath).filter(|_| self.asked.is_some())) => self.needs(Need::Compare),
                 _ = audit.tick() => self.needs(Need::Compare),
                 Some(ended) = self.tasks.join_next() => pass_on_panic(ended),
@@ -257,19 +312,31 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 changes = self.parts.reconciler.changed() => self.take_changes(changes).await,
             }
             self.settle().await;
+            if self.reconfigured {
+                return Ended::Reconfigured;
+            }
         }
     }
 
     async fn take(&mut self, input: Input) {
         match input {
-            Input::Store(Ok(event)) => self.take_event(event).await,
-            Input::Store(Err(error)) => {
-                warn!(error = %chain(&error), "the leases cannot be watched; the kernel stays as it is");
+            Input::Store(Ok(event)) => {
+                self.tell_store(Aspect::Good);
+                self.take_event(event).await;
             }
+            Input::Store(Err(error)) => {
+                let error = chain(&error);
+                warn!(%error, "the leases cannot be watched; the kernel stays as it is");
+                self.tell_store(Aspect::Flawed(format!("etcd: {error}; the kernel stays as it is")));
+            }
+            Input::Listed(asked, answer) => self.take_answer(asked, answer).await,
             Input::Renewed(result) => self.take_renewal(result),
             Input::Published(result) => self.take_published(result),
             Input::Acquired(held) => self.hold(held),
+            Input::Lost(error) => self.take_loss(error),
             Input::Rules(result) => self.take_rules(result),
+            Input::Remembered(result) => self.take_remembered(result),
+            Input::Reconfigured => self.reconfigured = true,
         }
     }
 
@@ -284,8 +351,24 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             LeaseEvent::Put(Lease { subnet, .. }) | LeaseEvent::Removed(subnet) => {
                 self.said.readable(*subnet)
             }
+            LeaseEvent::RemovedTogether(subnets) => {
+                subnets.iter().for_each(|subnet| self.said.readable(*subnet));
+            }
+            LeaseEvent::Resumed => {}
         }
-        match self.view.apply(event) {
+        let admitted = self.guard.admit(event, &self.view, self.own(), now());
+        for event in admitted.events {
+            self.believe(event).await;
+        }
+        self.tell_held(admitted.held);
+    }
+
+    async fn believe(&mut self, event: LeaseEvent) {
+        let applied = self.view.apply(event);
+        if applied != Applied::Nothing {
+            self.news();
+        }
+        match applied {
             Applied::Nothing => {}
             Applied::Everything => self.needs(Need::Plan),
             Applied::One(change) => {
@@ -295,6 +378,14 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 self.patch(&change).await;
             }
         }
+    }
+
+    fn tell_store(&self, aspect: Aspect) {
+        self.parts.status.send_if_modified(|status| {
+            let news = status.store != aspect;
+            status.store = aspect;
+            news
+        });
     }
 
     /// What somebody else has done to the kernel.
@@ -529,7 +620,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let result = self.parts.file.write(&env.to_string());
         self.said.file(&result, &self.parts.file, &env);
         match result {
-            Ok(()) => {
+            Ok(_) => {
                 self.file_due = None;
                 self.said.outdated(self.written.as_ref(), &env, self.bridge);
                 self.written = Some(env);
@@ -541,7 +632,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             Err(error) => {
                 let pending = chain(&error);
                 self.parts.status.send_modify(|status| status.file = Aspect::Pending(pending));
-                self.file_due = Some(Instant::now() + LONGEST_WAIT);
+                self.file_due = Some(Instant::now() + FILE_AGAIN);
             }
         }
     }

@@ -16,6 +16,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
@@ -71,6 +72,10 @@ struct Args {
     #[arg(long, value_name = "PASSWORD", help_heading = ETCD, default_value = "", value_parser = go::secret)]
     etcd_password: Secret,
 
+    /// File that holds the password, read anew with each connection (not in flanneld)
+    #[arg(long, value_name = "FILE", help_heading = ETCD, default_value = "")]
+    etcd_password_file: String,
+
     /// Interface by name or address; may be repeated, the first that fits is used
     #[arg(long, value_name = "NAME|IP", help_heading = INTERFACE, action = ArgAction::Append)]
     iface: Vec<String>,
@@ -87,6 +92,10 @@ struct Args {
     /// File to write the subnet to, for dockerd
     #[arg(long, value_name = "FILE", help_heading = LEASE, default_value = "/run/flannel/subnet.env")]
     subnet_file: PathBuf,
+    /// Directory for what outlives a reboot: which host this is, and what a start without etcd goes by; empty for
+    /// none (not in flanneld)
+    #[arg(long, value_name = "DIR", help_heading = LEASE, default_value = "/var/lib/flannel-rs")]
+    state_dir: String,
     /// Latest moment to renew the lease, in minutes before it ends (1 to 1439)
     #[arg(long, value_name = "MINUTES", help_heading = LEASE, default_value = "60", value_parser = go::integer)]
     subnet_lease_renew_margin: i64,
@@ -117,6 +126,10 @@ struct Args {
     /// Seconds between full comparisons of the kernel with the cluster (1 to 86400; not in flanneld)
     #[arg(long, value_name = "SECONDS", help_heading = HEALTH, default_value = "60", value_parser = go::integer)]
     audit_interval: i64,
+    /// Seconds to hold peers that vanish from etcd at once, more than three and more than a quarter, before it is asked
+    /// again and believed (0 to 86400; 0 believes at once; not in flanneld)
+    #[arg(long, value_name = "SECONDS", help_heading = HEALTH, default_value = "60", value_parser = go::integer)]
+    removal_grace: i64,
     /// Routes to the peers: plain, through nexthop objects, or auto, that is nexthop for thousands of peers and
     /// plain otherwise (not in flanneld)
     #[arg(long, value_name = "auto|plain|nexthop", help_heading = HEALTH, default_value = "auto")]
@@ -178,6 +191,15 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Where a password is.
+#[derive(Debug)]
+pub enum PasswordFrom {
+    /// `--etcd-password`.
+    Flag(Secret),
+    /// `--etcd-password-file`.
+    File(PathBuf),
+}
+
 /// What is meant.
 #[derive(Debug)]
 pub struct Settings {
@@ -191,12 +213,14 @@ pub struct Settings {
     pub etcd_cert: Option<PathBuf>,
     /// `--etcd-cafile`.
     pub etcd_ca: Option<PathBuf>,
-    /// `--etcd-username` and `--etcd-password`.
-    pub etcd_user: Option<(String, Secret)>,
+    /// `--etcd-username`, and where its password is.
+    pub etcd_user: Option<(String, PasswordFrom)>,
     /// `--iface`, `--iface-regex`, `--iface-can-reach`, `--public-ip`.
     pub selection: Selection,
     /// `--subnet-file`.
     pub subnet_file: PathBuf,
+    /// `--state-dir`.
+    pub state_dir: Option<PathBuf>,
     /// `--subnet-lease-renew-margin`.
     pub renew_margin: Duration,
     /// `--ip-masq`.
@@ -211,6 +235,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// `--audit-interval`.
     pub audit_interval: Duration,
+    /// `--removal-grace`.
+    pub removal_grace: Duration,
     /// `--route-mode`.
     pub route_mode: RouteMode,
     /// `--v`.
@@ -374,15 +400,29 @@ impl Args {
             };
             wrong(given, &"given alone", &format!("together with {missing}"));
         }
-        let user = match (self.etcd_username.is_empty(), self.etcd_password.reveal().is_empty()) {
-            (true, true) => None,
-            (false, false) => Some((self.etcd_username, self.etcd_password)),
-            (false, true) => {
-                wrong("etcd-username", &"given alone", "together with --etcd-password");
+        let password_file = path(self.etcd_password_file);
+        let password = match (self.etcd_password.reveal().is_empty(), password_file) {
+            (true, None) => None,
+            (false, None) => Some(("etcd-password", PasswordFrom::Flag(self.etcd_password))),
+            (true, Some(file)) => Some(("etcd-password-file", PasswordFrom::File(file))),
+            (false, Some(file)) => {
+                wrong("etcd-password-file", &"given beside --etcd-password", "one of the two");
+                Some(("etcd-password-file", PasswordFrom::File(file)))
+            }
+        };
+        let user = match (self.etcd_username.is_empty(), password) {
+            (true, None) => None,
+            (false, Some((_, password))) => Some((self.etcd_username, password)),
+            (false, None) => {
+                wrong(
+                    "etcd-username",
+                    &"given alone",
+                    "together with --etcd-password or --etcd-password-file",
+                );
                 None
             }
-            (true, false) => {
-                wrong("etcd-password", &"given alone", "together with --etcd-username");
+            (true, Some((flag, _))) => {
+                wrong(flag, &"given alone", "together with --etcd-username");
                 None
             }
         };
@@ -405,7 +445,7 @@ impl Args {
         for text in self.iface_regex {
             match regex::Regex::new(&text) {
                 Ok(regex) => patterns
-                    .push(Pattern { text, matches: Box::new(move |candidate| regex.is_match(candidate)) }),
+                    .push(Pattern { text, matches: Arc::new(move |candidate| regex.is_match(candidate)) }),
                 Err(error) => {
                     let reason = error.to_string();
                     let reason = reason.lines().last().unwrap_or_default().trim_start_matches("error: ");
@@ -427,6 +467,9 @@ impl Args {
             if !(1..=86_400).contains(&seconds) {
                 wrong(flag, &seconds, "from 1 to 86400 seconds, a day");
             }
+        }
+        if !(0..=86_400).contains(&self.removal_grace) {
+            wrong("removal-grace", &self.removal_grace, "from 0 to 86400 seconds, a day");
         }
         let route_mode = match &*self.route_mode.to_ascii_lowercase() {
             "auto" => RouteMode::Auto,
@@ -469,6 +512,7 @@ impl Args {
             etcd_ca: path(self.etcd_cafile),
             etcd_user: user,
             selection: Selection { interfaces: self.iface, patterns, can_reach, public_ip },
+            state_dir: path(self.state_dir),
             subnet_file: self.subnet_file,
             renew_margin: 60 * seconds(self.subnet_lease_renew_margin),
             masquerade: self.ip_masq,
@@ -477,6 +521,7 @@ impl Args {
             rules_interval: seconds(self.iptables_resync),
             health,
             audit_interval: seconds(self.audit_interval),
+            removal_grace: seconds(self.removal_grace),
             route_mode,
             verbosity: self.verbosity,
             without_effect,

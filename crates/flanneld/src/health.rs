@@ -4,8 +4,9 @@
 //! the kernel was last seen as it should be, the interface between the hosts is
 //! there, the traffic rules stand, the subnet file is written and no bridge is on
 //! a subnet that is not ours any more; it is taken back when one of them no longer
-//! holds. A peer that the kernel refuses is told of on the page and does not make
-//! the host unready: one bad key would make every host so.
+//! holds. A peer that the kernel refuses, a store that is away and peers that are
+//! held are told of on the page and do not make the host unready: one bad key, or
+//! one bad hour of the store, would make every host so.
 
 use std::net::SocketAddr;
 
@@ -32,6 +33,12 @@ pub enum Aspect {
 pub struct Status {
     /// Our lease is held.
     pub lease: Aspect,
+    /// What we go by is what the store says, not what this host remembers.
+    pub memory: Aspect,
+    /// The store answers.
+    pub store: Aspect,
+    /// Nobody is held who vanished from the store.
+    pub peers: Aspect,
     /// The kernel was as it should be when last looked at.
     pub host: Aspect,
     /// The interface between the hosts is there.
@@ -49,6 +56,9 @@ impl Default for Status {
         let pending = |what: &str| Aspect::Pending(what.into());
         Self {
             lease: pending("no lease yet"),
+            memory: Aspect::Good,
+            store: Aspect::Good,
+            peers: Aspect::Good,
             host: pending("the kernel has not been brought in step yet"),
             underlay: Aspect::Good,
             rules: pending("the traffic rules have not been checked yet"),
@@ -77,8 +87,9 @@ impl Status {
         flaws.collect()
     }
 
-    fn aspects(&self) -> [&Aspect; 6] {
-        [&self.lease, &self.host, &self.underlay, &self.rules, &self.file, &self.bridge]
+    fn aspects(&self) -> [&Aspect; 9] {
+        let Self { lease, memory, store, peers, host, underlay, rules, file, bridge } = self;
+        [lease, memory, store, peers, host, underlay, rules, file, bridge]
     }
 }
 

@@ -1,13 +1,18 @@
-//! Taking a lease, however long it takes.
+//! What the store has to give before anything else can be done, however long that
+//! takes: a network config that can be used, and a lease.
 
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use flannel_core::backend::{self, Backend};
 use flannel_core::chain::chain;
 use flannel_core::lease::{HeldLease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
+use tokio::sync::watch;
 use tracing::{info, warn};
+
+use crate::health::{Aspect, Status};
 
 /// Delays between attempts: 100 ms at first, 5 s at most, for ever. The jitter adds up to as much again.
 pub(crate) fn delays() -> impl Iterator<Item = Duration> + Send {
@@ -19,12 +24,69 @@ pub(crate) fn delays() -> impl Iterator<Item = Duration> + Send {
         .build()
 }
 
-/// How often a full range makes us look whether the network config has been changed.
+/// How often the network config is asked for while it is not there or not good, as in flannel.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often we look whether somebody has made room for us, or has changed the network config.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// The network config was changed while we waited for room in the range.
 #[derive(Clone, Copy, Debug)]
 pub struct Reconfigured;
+
+/// Waits for a network config that can be used; says once what is wrong with it.
+pub(crate) async fn network_config<S: LeaseStore>(
+    store: &S,
+    status: &watch::Sender<Status>,
+) -> (NetworkConfig, Box<dyn Backend>) {
+    let mut said = None;
+    loop {
+        let read = store.network_config().await;
+        match read.and_then(|config| usable(config, &store.config_key())) {
+            Ok(Usable { config, backend, unknown }) => {
+                let network =
+                    config.networks().map(|network| network.to_string()).collect::<Vec<_>>().join(" and ");
+                info!(network, backend = backend.kind(), "network config read");
+                for key in unknown {
+                    warn!(key, "the network config has a key that nobody knows");
+                }
+                return (config, backend);
+            }
+            Err(error) => wait_for(status, "a network config", &error, &mut said),
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
+/// A network config that can be run.
+pub(crate) struct Usable {
+    pub(crate) config: NetworkConfig,
+    /// The one it asks for.
+    pub(crate) backend: Box<dyn Backend>,
+    /// Keys that nobody knows.
+    unknown: Vec<String>,
+}
+
+/// Reads the backend out of a config.
+///
+/// # Errors
+/// Something in it may not be so, or is not there yet.
+pub(crate) fn usable(config: NetworkConfig, key: &str) -> Result<Usable, StoreError> {
+    let bad = |source| StoreError::BadConfig { key: key.into(), source };
+    let config = config.supported().map_err(bad)?;
+    let (backend, unknown) = backend::from_config(&config).map_err(bad)?;
+    let unknown = config.unknown.iter().cloned().chain(unknown).collect();
+    Ok(Usable { config, backend, unknown })
+}
+
+/// Tells what is waited for and why: the log once, the health page as it is.
+fn wait_for(status: &watch::Sender<Status>, what: &str, error: &StoreError, said: &mut Option<String>) {
+    if said.replace(error.trouble()) != Some(error.trouble()) {
+        warn!(error = %chain(error), "waiting for {what}");
+        let pending = format!("waiting for {what}: {}", chain(error));
+        status.send_modify(|status| status.lease = Aspect::Pending(pending));
+    }
+}
 
 /// Takes a subnet for this host, waiting for as long as the store is away or
 /// the range is full. Says once what it waits for.
@@ -36,6 +98,7 @@ pub async fn acquire<S: LeaseStore>(
     config: &NetworkConfig,
     attrs: &LeaseAttrs,
     previous: Option<Subnet>,
+    status: &watch::Sender<Status>,
 ) -> Result<HeldLease, Reconfigured> {
     let (mut said, mut waits) = (None, delays());
     loop {
@@ -43,9 +106,7 @@ pub async fn acquire<S: LeaseStore>(
             Ok(held) => return Ok(held),
             Err(error) => error,
         };
-        if said.replace(error.trouble()) != Some(error.trouble()) {
-            warn!(error = %chain(&error), "waiting for a lease");
-        }
+        wait_for(status, "a lease", &error, &mut said);
         if let StoreError::Exhausted { leased, .. } = error {
             // The watch is made for this wait alone, so it may be dropped with it.
             tokio::select! {
@@ -55,6 +116,9 @@ pub async fn acquire<S: LeaseStore>(
                     return Err(Reconfigured);
                 }
             }
+        } else if let StoreError::Twin { .. } = error {
+            // Each attempt asks the other host.
+            tokio::time::sleep(LOOK_AGAIN).await;
         } else {
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
         }
@@ -66,7 +130,7 @@ async fn freed<S: LeaseStore>(store: &S, leased: usize) {
     let mut watch = store.watch();
     loop {
         match watch.next().await {
-            Ok(LeaseEvent::Removed(_)) => return,
+            Ok(LeaseEvent::Removed(_) | LeaseEvent::RemovedTogether(_)) => return,
             // One may have gone between the attempt and this watch.
             Ok(LeaseEvent::Snapshot(snapshot)) if snapshot.leases.len() < leased => return,
             Ok(_) => {}

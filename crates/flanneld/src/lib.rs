@@ -16,4 +16,6 @@ pub mod notify;
 pub mod reconcile;
 pub mod shutdown;
 pub mod startup;
+pub mod state_dir;
 pub mod subnet_file;
+mod whole_file;

@@ -7,6 +7,9 @@ use std::time::Duration;
 use flannel_core::chain::chain;
 use flanneld::args::Request;
 use flanneld::startup;
+use nix::sys::prctl::set_dumpable;
+use nix::sys::resource::{Resource, setrlimit};
+use tracing::warn;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -27,6 +30,9 @@ fn main() -> ExitCode {
         }
     };
     log(settings.verbosity);
+    if settings.etcd_user.is_some() || settings.etcd_key.is_some() {
+        leave_no_core();
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -42,6 +48,15 @@ fn main() -> ExitCode {
             say(std::io::stderr(), &format!("flanneld: {}", chain(&error)));
             ExitCode::from(error.status())
         }
+    }
+}
+
+/// A core would hold the password or the key for whoever finds it: ours, and,
+/// as they inherit our variables, those of the programs that we start.
+fn leave_no_core() {
+    let done = setrlimit(Resource::RLIMIT_CORE, 0, 0).and_then(|()| set_dumpable(false));
+    if let Err(error) = done {
+        warn!(%error, "a crash may leave a core with a secret in it");
     }
 }
 

@@ -211,7 +211,7 @@ impl<N: Network> Reconciler<N> {
                 plan.desired
             }
         };
-        let strays = strays(&self.planner.node().networks, &facts.routes, &desired);
+        let strays = strays(self.planner.node(), &facts.routes, &desired);
         self.off = Off::default();
         let brought = self.bring(&desired, &state).await;
         // What was planned and not told yet is planned anew if this breaks off.
@@ -220,7 +220,7 @@ impl<N: Network> Reconciler<N> {
         self.known = true;
         if report.in_sync() {
             // What a former network left here is gone; from now on it may be somebody else's.
-            self.claim.networks.clone_from(&self.planner.node().networks);
+            self.claim.networks = self.planner.node().networks().collect();
         }
         let seen = Some(Seen { strays, interfaces: facts.interfaces, lost });
         Ok(Outcome { report, first, planned, seen, after: None })
@@ -421,10 +421,10 @@ fn node_of(planner: &Planner) -> Node {
     planner.node().clone()
 }
 
-fn strays(networks: &[IpNetwork], routes: &[RouteFact], desired: &HostState) -> Vec<RouteFact> {
+fn strays(node: &Node, routes: &[RouteFact], desired: &HostState) -> Vec<RouteFact> {
     let is_stray = |route: &&RouteFact| {
         route.gateway.is_some()
-            && networks.iter().any(|network| within(*network, route.destination))
+            && node.networks().any(|network| within(network, route.destination))
             && !desired.routes.contains_key(&RouteKey::to(route.destination))
     };
     routes.iter().filter(is_stray).copied().collect()

@@ -1,21 +1,27 @@
 //! The start, a straight line: file → store → config → underlay → backend → lease.
 //!
+//! A store that does not answer at once is not waited for if this host remembers
+//! a lease that still lasts: then config, lease and everybody else's leases are
+//! those it remembers, until the store answers and the truth wins.
+//!
 //! What can come right by itself (a store that is away, a config that is not
 //! there or not good, a full range) is waited for, and said once. What needs
 //! the flags or the host to change ends the start with a sentence.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flannel_core::backend::{self, Backend, Node};
+use flannel_core::backend::{Backend, Node};
 use flannel_core::chain::chain;
 use flannel_core::claim::Claim;
 use flannel_core::firewall::Wanted;
 use flannel_core::host::{HostError, Network, Observed};
-use flannel_core::lease::HeldLease;
+use flannel_core::lease::{BackendData, Expiry, HeldLease, HostIdentity, Lease};
+use flannel_core::memory::Memory;
 use flannel_core::network::NetworkConfig;
 use flannel_core::plan::{Planner, RouteMode};
-use flannel_core::state::MacAddr;
+use flannel_core::state::{HostState, MacAddr};
 use flannel_core::store::{LeaseStore, StoreError};
 use flannel_core::subnet_env::FormerEnv;
 use flannel_core::underlay::{self, Facts, InterfaceAddress, NoUnderlay, Underlay};
@@ -25,18 +31,20 @@ use flannel_linux::{Family, IptablesFirewall, LinuxNetwork};
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
 
-use crate::agent::{Agent, Options, Parts};
-use crate::args::Settings;
+use crate::agent::{Agent, Ended, Options, Parts};
+use crate::args::{PasswordFrom, Settings};
 use crate::health::{self, Status};
-use crate::lease::acquire;
+use crate::lease::{Usable, acquire, network_config, usable};
 use crate::reconcile::Reconciler;
+use crate::state_dir::{self, StateDir};
 use crate::subnet_file::SubnetFile;
 use crate::{notify, shutdown};
 
-/// How often the network config is asked for while it is not there or not good, as in flannel.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How long the store has for its first answer before we go by what we remember, if we can.
+const FIRST_ANSWER: Duration = Duration::from_secs(1);
 
 /// Why the agent could not start. It helps to change the flags or the host.
 #[derive(Debug, Error)]
@@ -89,30 +97,63 @@ pub async fn run(settings: Settings) -> Result<(), StartError> {
             }
         });
     }
-    let agent = tokio::select! {
-        // The start may be dropped anywhere: it changes nothing but the store, and that by whole transactions.
-        () = stop.cancelled() => return Ok(()),
-        agent = start(settings, status) => agent?,
-    };
-    agent.run(stop).await;
-    Ok(())
+    for flag in &settings.without_effect {
+        warn!(flag, "this flag has no effect here");
+    }
+    let state = settings.state_dir.clone().map(|directory| StateDir::new(directory, &settings.etcd_prefix));
+    let mut memory = state.as_ref().and_then(StateDir::recall);
+    loop {
+        let agent = tokio::select! {
+            biased;
+            // The start may be dropped anywhere: it changes nothing but the store, and that by whole transactions.
+            () = stop.cancelled() => return Ok(()),
+            agent = start(&settings, status.clone(), state.as_ref(), memory.take()) => agent?,
+        };
+        match agent.run(stop.clone()).await {
+            Ended::Stopped => return Ok(()),
+            Ended::Reconfigured => {
+                info!("the network config is not the one we remembered; starting over with it")
+            }
+        }
+    }
 }
 
 /// Everything up to the first event.
 async fn start(
-    settings: Settings,
+    settings: &Settings,
     status: watch::Sender<Status>,
+    state: Option<&StateDir>,
+    memory: Option<Memory>,
 ) -> Result<Agent<EtcdStore, LinuxNetwork, IptablesFirewall>, StartError> {
-    for flag in &settings.without_effect {
-        warn!(flag, "this flag has no effect here");
-    }
     let file = SubnetFile::new(settings.subnet_file.clone());
-    let former = former(&file);
-    let store = Arc::new(EtcdStore::connect(&etcd(&settings)).await?);
+    let mut former = former(&file);
+    // The file is gone after a reboot; the memory is not.
+    former.subnet = former.subnet.or(memory.as_ref().map(|memory| memory.own.subnet));
+    let store = Arc::new(EtcdStore::connect(&etcd(settings, state_dir::identity(state))).await?);
     let mut network = LinuxNetwork::new()?;
+    let mut memory = memory.and_then(|memory| Recalled::of(memory, &store.config_key()));
     // From the config on, the line is walked again if the range turns out to be full and is then made another one.
-    let place = loop {
-        if let Some(place) = take_place(&*store, &mut network, &settings, &former).await? {
+    let (place, peers) = loop {
+        let first_answer = async {
+            match &memory {
+                Some(_) => sleep(FIRST_ANSWER).await,
+                None => std::future::pending().await,
+            }
+        };
+        let config = tokio::select! {
+            biased;
+            config = network_config(&*store, &status) => Some(config),
+            () = first_answer => None,
+        };
+        let place = match (config, memory.take()) {
+            (Some(config), _) => {
+                let place = take_place(&*store, &mut network, settings, &former, config, &status).await?;
+                place.map(|place| (place, None))
+            }
+            (None, Some(recalled)) => recall_place(&mut network, settings, &former, recalled).await?,
+            (None, None) => None,
+        };
+        if let Some(place) = place {
             break place;
         }
     };
@@ -125,8 +166,8 @@ async fn start(
     if let Some(remedy) = bridge_netfilter_remedy().filter(|_| !wanted.nothing()) {
         warn!(remedy, "bridged containers pass the traffic rules by");
     }
-    let networks: Vec<IpNetwork> = place.config.networks().collect();
-    let node = Node { networks, underlay: place.underlay, lease: place.held.lease.clone(), mtu: None };
+    let pools = place.config.pools().copied().collect();
+    let node = Node { pools, underlay: place.underlay, lease: place.held.lease.clone(), mtu: None };
     if settings.route_mode == RouteMode::Nexthop && place.backend.links().is_empty() {
         warn!(
             backend = place.backend.kind(),
@@ -136,7 +177,7 @@ async fn start(
     let planner = Planner::new(place.backend, node, settings.route_mode);
     let parts = Parts {
         store,
-        reconciler: Reconciler::new(network, planner, place.claim, settings.selection),
+        reconciler: Reconciler::new(network, planner, place.claim, settings.selection.clone()),
         config: place.config,
         held: place.held,
         file,
@@ -146,9 +187,12 @@ async fn start(
             rules_interval: settings.rules_interval,
             audit_interval: settings.audit_interval,
             renew_margin: settings.renew_margin,
+            removal_grace: settings.removal_grace,
         },
         status,
         on_ready: Some(Box::new(notify::ready)),
+        state: state.cloned(),
+        recalled: peers,
     };
     Ok(Agent::new(parts, IptablesFirewall::new(Family::Ipv4)))
 }
@@ -164,14 +208,105 @@ struct Place {
     held: HeldLease,
 }
 
-/// Config, underlay, backend, lease; `None` if the config changed while we waited for room in it.
+/// Underlay, backend, lease; `None` if the config changed while we waited for room in it.
 async fn take_place<S: LeaseStore>(
     store: &S,
     network: &mut LinuxNetwork,
     settings: &Settings,
     former: &FormerEnv,
+    (config, backend): (NetworkConfig, Box<dyn Backend>),
+    status: &watch::Sender<Status>,
 ) -> Result<Option<Place>, StartError> {
-    let (config, backend) = network_config(store).await;
+    let ground = survey(network, settings, former, &config, &*backend).await?;
+    let attrs = backend.attributes(&ground.underlay, &ground.state, MacAddr::local(rand::random()));
+    let held = acquire(store, &config, &attrs, former.subnet, status).await;
+    Ok(held.ok().map(|held| ground.place(config, backend, held)))
+}
+
+/// What we remember, as far as it can be gone by.
+struct Recalled {
+    config: NetworkConfig,
+    backend: Box<dyn Backend>,
+    held: HeldLease,
+    peers: Vec<Lease>,
+    /// In seconds.
+    age: u64,
+}
+
+impl Recalled {
+    /// `None`, which is told, if our lease may have ended or the config cannot be used.
+    fn of(memory: Memory, key: &str) -> Option<Self> {
+        let now = state_dir::wall_clock();
+        let unusable = |reason: String| {
+            info!(reason, "what this host remembers of the network is of no use any more");
+        };
+        let left = memory.left(now).inspect_err(|stale| unusable(stale.to_string())).ok()?;
+        let config = NetworkConfig::parse(&memory.config);
+        let config = config.map_err(|source| StoreError::BadConfig { key: key.into(), source });
+        let Usable { config, backend, .. } =
+            config.and_then(|config| usable(config, key)).inspect_err(|error| unusable(chain(error))).ok()?;
+        let expiry = match left {
+            Some(seconds) => Expiry::At((Instant::now() + Duration::from_secs(seconds)).into_std()),
+            None => Expiry::Never,
+        };
+        let held = HeldLease { lease: memory.own, expiry, handle: memory.handle };
+        Some(Self { config, backend, held, peers: memory.peers, age: now.saturating_sub(memory.written) })
+    }
+}
+
+/// The place that we remember, with everybody else's leases; `None` if this
+/// host no longer stands where it did.
+async fn recall_place(
+    network: &mut LinuxNetwork,
+    settings: &Settings,
+    former: &FormerEnv,
+    recalled: Recalled,
+) -> Result<Option<(Place, Option<Vec<Lease>>)>, StartError> {
+    let Recalled { config, backend, mut held, peers, age } = recalled;
+    let ground = survey(network, settings, former, &config, &*backend).await?;
+    let mac = match &held.lease.attrs.backend_data {
+        Some(BackendData::Vtep { mac, .. }) => *mac,
+        _ => MacAddr::local(rand::random()),
+    };
+    let attrs = backend.attributes(&ground.underlay, &ground.state, mac);
+    if attrs.public_ip != held.lease.attrs.public_ip {
+        let was = held.lease.attrs.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED);
+        warn!(
+            %was, is = %ground.underlay.public_ip,
+            "etcd does not answer, and what this host remembers of the network is from another address; waiting for etcd"
+        );
+        return Ok(None);
+    }
+    held.lease.attrs = attrs;
+    warn!(
+        subnet = %held.lease.subnet, peers = peers.len(), age_s = age,
+        "etcd does not answer; going by what this host remembers of the network until it does"
+    );
+    Ok(Some((ground.place(config, backend, held), Some(peers))))
+}
+
+/// Where this host stands.
+struct Ground {
+    underlay: Underlay,
+    claim: Claim,
+    gone: Vec<IpNetwork>,
+    state: HostState,
+}
+
+impl Ground {
+    fn place(self, config: NetworkConfig, backend: Box<dyn Backend>, held: HeldLease) -> Place {
+        Place { config, backend, underlay: self.underlay, claim: self.claim, gone: self.gone, held }
+    }
+}
+
+/// Looks at the host, and chooses the interface between the hosts.
+async fn survey(
+    network: &mut LinuxNetwork,
+    settings: &Settings,
+    former: &FormerEnv,
+    config: &NetworkConfig,
+    backend: &dyn Backend,
+) -> Result<Ground, StartError> {
     let networks: Vec<IpNetwork> = config.networks().collect();
     // What a network we no longer have has left here is ours to clear away; but no file makes the whole world ours.
     let is_gone = |network: &&IpNetwork| network.prefix() > 0 && !networks.contains(network);
@@ -185,13 +320,16 @@ async fn take_place<S: LeaseStore>(
     if backend.mtu_cut(&underlay) {
         warn!(mtu = underlay.mtu, link = %underlay.link, "Backend.MTU is above that of the interface and is cut to it");
     }
-    let attrs = backend.attributes(&underlay, &state, MacAddr::local(rand::random()));
-    let held = acquire(store, &config, &attrs, former.subnet).await;
-    Ok(held.ok().map(|held| Place { config, backend, underlay, claim, gone, held }))
+    Ok(Ground { underlay, claim, gone, state })
 }
 
-fn etcd(settings: &Settings) -> flannel_etcd::Settings {
+fn etcd(settings: &Settings, host: HostIdentity) -> flannel_etcd::Settings {
     let user = settings.etcd_user.as_ref();
+    let (password, password_file) = match user.map(|(_, password)| password) {
+        Some(PasswordFrom::Flag(password)) => (Some(flannel_etcd::Password::new(password.reveal())), None),
+        Some(PasswordFrom::File(path)) => (None, Some(path.clone())),
+        None => (None, None),
+    };
     flannel_etcd::Settings {
         endpoints: settings.etcd_endpoints.clone(),
         prefix: settings.etcd_prefix.clone(),
@@ -199,7 +337,9 @@ fn etcd(settings: &Settings) -> flannel_etcd::Settings {
         cert_file: settings.etcd_cert.clone(),
         key_file: settings.etcd_key.clone(),
         username: user.map(|(name, _)| name.clone()),
-        password: user.map(|(_, password)| flannel_etcd::Password::new(password.reveal())),
+        password,
+        password_file,
+        host: Some(host),
     }
 }
 
@@ -210,44 +350,10 @@ fn former(file: &SubnetFile) -> FormerEnv {
         None
     });
     let former = former.unwrap_or_default();
-    for flaw in &former.flaws {
-        warn!(path = %file.path().display(), flaw, "part of the subnet file cannot be read");
+    if let Some((flaw, more)) = former.flaws.split_first() {
+        warn!(path = %file.path().display(), flaw, more = more.len(), "part of the subnet file cannot be read");
     }
     former
-}
-
-/// Waits for a network config that can be used; says once what is wrong with it.
-async fn network_config<S: LeaseStore>(store: &S) -> (NetworkConfig, Box<dyn Backend>) {
-    let mut said = None;
-    loop {
-        match usable_config(store).await {
-            Ok((config, backend, unknown)) => {
-                let network =
-                    config.networks().map(|network| network.to_string()).collect::<Vec<_>>().join(" and ");
-                info!(network, backend = backend.kind(), "network config read");
-                for key in unknown {
-                    warn!(key, "the network config has a key that nobody knows");
-                }
-                return (config, backend);
-            }
-            Err(error) => {
-                if said.replace(error.trouble()) != Some(error.trouble()) {
-                    warn!(error = %chain(&error), "waiting for a network config");
-                }
-            }
-        }
-        tokio::time::sleep(ASK_AGAIN).await;
-    }
-}
-
-async fn usable_config<S: LeaseStore>(
-    store: &S,
-) -> Result<(NetworkConfig, Box<dyn Backend>, Vec<String>), StoreError> {
-    let bad = |source| StoreError::BadConfig { key: store.config_key(), source };
-    let config = store.network_config().await?.supported().map_err(bad)?;
-    let (backend, unknown) = backend::from_config(&config).map_err(bad)?;
-    let unknown = config.unknown.iter().cloned().chain(unknown).collect();
-    Ok((config, backend, unknown))
 }
 
 /// A device of ours with an address of no network of ours has most likely two masters.

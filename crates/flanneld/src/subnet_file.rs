@@ -1,16 +1,17 @@
 //! The subnet file on disk: replaced whole or not at all.
-//!
-//! Readers (dockerd's start, the CNI plugin) may look at any moment, and power
-//! may fail at any moment: so the text goes to a file beside it, is synced, is
-//! renamed over the old one, and the directory is synced too.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use flannel_core::subnet_env::FormerEnv;
 use thiserror::Error;
+
+use crate::whole_file::{directory_of, make_directory, read, replace, tidy};
+
+/// A subnet file has some hundred bytes, and whoever edits it has had a reason; in bytes.
+const MOST: u64 = 64 << 10;
 
 /// The file could not be read or written. Trying again may help.
 #[derive(Debug, Error)]
@@ -43,46 +44,38 @@ impl SubnetFile {
     /// # Errors
     /// There is one and it cannot be read as text.
     pub fn read(&self) -> Result<Option<FormerEnv>, SubnetFileError> {
-        match fs::read_to_string(&self.path) {
-            Ok(text) => Ok(Some(text.parse().unwrap_or_default())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(self.failed(source)),
-        }
+        let text = read(&self.path, MOST).map_err(|source| self.failed(source))?;
+        Ok(text.map(|text| text.parse().unwrap_or_default()))
     }
 
-    /// Replaces the file by `text`, making its directory if need be.
+    /// Replaces the file by `text`, making its directory if need be; whether
+    /// that was needed. One that is right already is not touched: a host whose
+    /// disk is full or read-only now has all that it needs.
     ///
     /// A new file has mode 0644 whatever the umask says, as flannel's; the mode
     /// of an old one is kept.
     ///
     /// # Errors
     /// Any step failed; the old file is then as it was.
-    pub fn write(&self, text: &str) -> Result<(), SubnetFileError> {
-        self.replace(text).map_err(|source| self.failed(source))
-    }
-
-    fn replace(&self, text: &str) -> io::Result<()> {
-        let directory = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+    pub fn write(&self, text: &str) -> Result<bool, SubnetFileError> {
+        if read(&self.path, MOST).is_ok_and(|old| old.as_deref() == Some(text)) {
+            drop(tidy(&self.path));
+            return Ok(false);
+        }
         let mode = fs::metadata(&self.path).map_or(0o644, |old| old.permissions().mode() & 0o7777);
-        let mut file = tempfile::Builder::new().prefix(".subnet.env.").tempfile_in(directory)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().set_permissions(Permissions::from_mode(mode))?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path)?;
-        File::open(directory)?.sync_all()
+        let written =
+            make_directory(directory_of(&self.path), 0o755).and_then(|()| replace(&self.path, text, mode));
+        written.map(|()| true).map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: io::Error) -> SubnetFileError {
         SubnetFileError { path: self.path.display().to_string(), source }
     }
 }
-
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+
     use super::*;
 
     fn mode(path: &Path) -> u32 {

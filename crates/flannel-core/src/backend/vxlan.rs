@@ -17,7 +17,8 @@ use ipnetwork::IpNetwork;
 
 use super::{Backend, Node, data_text, reachable_parts};
 use crate::json::{BadValue, Object};
-use crate::lease::{BackendData, Lease, LeaseAttrs};
+use crate::lease::{BackendData, Lease, LeaseAttrs, MOST_DATA};
+use crate::shown::shown;
 use crate::state::{
     HostState, Link, LinkKind, LinkName, MacAddr, Object as Wanted, ROUTE_PROTOCOL, Route, RouteKey, Vxlan,
 };
@@ -29,8 +30,9 @@ pub const VXLAN_OVERHEAD: u32 = 50;
 /// The Linux kernel's default port (`drivers/net/vxlan`, module parameter `udp_port`).
 const DEFAULT_PORT: u16 = 8472;
 
-/// RFC 7348 section 5: the identifier has 24 bits.
-const LARGEST_VNI: u32 = 0xff_ffff;
+/// The identifier has 24 bits (RFC 7348 section 5), but the device is named after it, and an interface's name of 15
+/// bytes has room for seven digits behind `flannel.`.
+const LARGEST_VNI: u32 = 9_999_999;
 
 /// The smallest MTU of IPv4, RFC 791, in a tunnel.
 const SMALLEST_MTU: u32 = 68 + VXLAN_OVERHEAD;
@@ -70,7 +72,7 @@ impl VxlanBackend {
     }
 
     fn device(&self) -> LinkName {
-        format!("flannel.{}", self.vni).parse().expect("eight digits at most fit an interface name")
+        format!("flannel.{}", self.vni).parse().expect("seven digits at most fit an interface name")
     }
 
     /// Above what the interface carries there is nothing to gain: the kernel would cut it.
@@ -83,9 +85,12 @@ impl VxlanBackend {
         let (vni, mac) = match data.ok_or("it has no backend data")? {
             BackendData::Vtep { vni, mac } => (*vni, *mac),
             BackendData::Json(json) => read_vtep(json.as_str())?,
+            BackendData::TooLong(length) => {
+                return Err(format!("its backend data has {length} bytes: must have {MOST_DATA} or fewer"));
+            }
         };
-        if !mac.is_unicast() {
-            return Err(format!("VtepMAC {mac} is not the address of one device"));
+        if let Some(flaw) = flaw_of(mac) {
+            return Err(format!("its VtepMAC {mac} is {flaw}"));
         }
         match vni {
             // Nodes before v0.24 publish only 16 bits of it.
@@ -101,9 +106,19 @@ impl VxlanBackend {
 fn read_vtep(json: &str) -> Result<(Option<u32>, MacAddr), String> {
     let data = Object::parse("BackendData", json).map_err(|error| error.to_string())?;
     let text = data_text(&data, "VtepMAC")?;
-    let mac = text.parse().map_err(|error| format!("VtepMAC {text:?} is {error}"))?;
+    let mac = text.parse().map_err(|error| format!("its VtepMAC \"{}\" is {error}", shown(&text)))?;
     let vni = data.number("VNI", 0..=u32::MAX).map_err(|error| error.to_string())?;
     Ok((vni, mac))
+}
+
+/// What makes a MAC not the address of one device.
+fn flaw_of(mac: MacAddr) -> Option<&'static str> {
+    match mac {
+        MacAddr([0, 0, 0, 0, 0, 0]) => Some("all zeros"),
+        MacAddr([0xff, 0xff, 0xff, 0xff, 0xff, 0xff]) => Some("the broadcast address"),
+        mac if !mac.is_unicast() => Some("a multicast address"),
+        _ => None,
+    }
 }
 
 impl Backend for VxlanBackend {
@@ -189,11 +204,7 @@ impl Backend for VxlanBackend {
                 wanted.push(Wanted::Route(RouteKey::to(subnet), route(link, address, false)));
                 continue;
             }
-            let data = match subnet {
-                IpNetwork::V4(_) => peer.attrs.backend_data.as_ref(),
-                IpNetwork::V6(_) => peer.attrs.backend_v6_data.as_deref(),
-            };
-            let mac = self.peer_mac(data)?;
+            let mac = self.peer_mac(peer.attrs.data(&subnet))?;
             if self.peer_mac(node.lease.attrs.backend_data.as_ref()) == Ok(mac) {
                 return Err(format!("its VtepMAC {mac} is our own"));
             }

@@ -79,6 +79,10 @@ fn what_is_wrong_is_refused_by_key_finding_and_rule() {
         (r#"{"Network":"fd00::/48"}"#, r#"Network is "fd00::/48": must be an IPv4 prefix like 10.5.0.0/16"#),
         (r#"{"Network":"0.0.0.0/0"}"#, r#"Network is "0.0.0.0/0": must be an IPv4 prefix like 10.5.0.0/16"#),
         (
+            r#"{"Network":"10.3.0.0/0"}"#,
+            r#"Network is "10.3.0.0/0": must be an IPv4 prefix like 10.5.0.0/16"#,
+        ),
+        (
             r#"{"Network":"10.3.0.0/29"}"#,
             r#"Network is "10.3.0.0/29": must be a prefix of /28 or shorter, to hold subnets"#,
         ),
@@ -135,6 +139,21 @@ fn what_is_wrong_is_refused_by_key_finding_and_rule() {
     ] {
         assert_eq!(refusal(config), sentence, "{config}");
     }
+}
+
+#[test]
+fn what_would_bend_the_log_is_written_out_in_the_refusal() {
+    let sentence = refusal("{\"Network\":\"\u{9b}2J\u{202e}\"}");
+    let long = refusal(&format!(r#"{{"Network":"{}"}}"#, "x".repeat(1 << 20)));
+    let deep = refusal(&format!(
+        r#"{{"Network":"10.3.0.0/16","Backend":{}{}}}"#,
+        "[".repeat(100_000),
+        "]".repeat(100_000)
+    ));
+
+    assert_eq!(sentence, r#"Network is "\u{9b}2J\u{202e}": must be an IPv4 prefix like 10.5.0.0/16"#);
+    assert!(long.len() < 150, "{long}");
+    assert!(deep.len() < 150, "{deep}");
 }
 
 #[test]

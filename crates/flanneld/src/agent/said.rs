@@ -1,6 +1,7 @@
 //! What the log has been told last, so that it hears of changes only.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use flannel_core::chain::chain;
 use flannel_core::host::{Ensured, Failure, HostError};
@@ -17,6 +18,7 @@ use tracing::{debug, error, info, warn};
 use super::Fight;
 use crate::health::Aspect;
 use crate::reconcile::{Outcome, Planned, Seen};
+use crate::state_dir::StateError;
 use crate::subnet_file::{SubnetFile, SubnetFileError};
 
 /// How many keys that are no lease are remembered.
@@ -31,6 +33,10 @@ pub(super) struct Said {
     /// Since when the interface between the hosts is lost, and whether that was told.
     lost: Option<(Instant, bool)>,
     fight: bool,
+    /// Peers that vanished from the store at once, since nobody was held: all, and those let go.
+    vanished: usize,
+    let_go: usize,
+    unanswered: Option<String>,
     /// Peers since the last full pass.
     joined: usize,
     left: usize,
@@ -42,6 +48,7 @@ pub(super) struct Said {
     renewal: Option<String>,
     rules: Option<String>,
     file: Option<String>,
+    note: Option<String>,
 }
 
 /// Keeps `words`; whether they are new.
@@ -162,6 +169,37 @@ impl Said {
         Some(phrase)
     }
 
+    /// So many peers are held, `new` of them since just now.
+    pub(super) fn held(&mut self, held: usize, new: usize, peers: usize, grace: Duration) {
+        self.vanished += new;
+        if new > 0 {
+            error!(
+                vanished = new, held, peers, believed_in = ?grace,
+                "many peers vanished from the store at once; their routes stay, and those who are still gone then are \
+                 believed gone. If nobody meant that, look at the store: was a range deleted, a backup restored? Hosts \
+                 that run put their own leases back"
+            );
+        } else if held == 0 && self.vanished > 0 {
+            let (let_go, back) = (self.let_go, self.vanished.saturating_sub(self.let_go));
+            info!(back, let_go, "no peer is held any more");
+            (self.vanished, self.let_go, self.unanswered) = (0, 0, None);
+        }
+    }
+
+    /// Whether the held ones are gone could not be asked.
+    pub(super) fn unanswered(&mut self, error: &StoreError) {
+        if is_new(&mut self.unanswered, &error.trouble()) {
+            warn!(error = %chain(error), "the store cannot be asked whether the held peers are gone; holding them on");
+        }
+    }
+
+    /// So many of the held peers are gone, the store says so again.
+    pub(super) fn let_go(&mut self, gone: usize) {
+        self.let_go += gone;
+        self.unanswered = None;
+        warn!(gone, "the store still lacks these peers; removing them");
+    }
+
     /// This host stands elsewhere than before.
     pub(super) fn moved(&self, stood: &Underlay, stands: &Underlay) {
         let place = |underlay: &Underlay| (underlay.link, underlay.address, underlay.mtu, underlay.public_ip);
@@ -280,11 +318,30 @@ impl Said {
         }
     }
 
-    pub(super) fn file(&mut self, result: &Result<(), SubnetFileError>, file: &SubnetFile, env: &SubnetEnv) {
+    pub(super) fn note(&mut self, result: &Result<(), StateError>) {
         match result {
-            Ok(()) => {
+            Ok(()) if self.note.take().is_some() => info!("the state file can be written again"),
+            Ok(()) => debug!("state file written"),
+            Err(error) => {
+                let error = chain(error);
+                if is_new(&mut self.note, &error) {
+                    warn!(%error, "the state file cannot be written: a reboot while etcd is away would find an old one");
+                }
+            }
+        }
+    }
+
+    pub(super) fn file(
+        &mut self,
+        result: &Result<bool, SubnetFileError>,
+        file: &SubnetFile,
+        env: &SubnetEnv,
+    ) {
+        match result {
+            Ok(written) => {
                 self.file = None;
-                info!(path = %file.path().display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written");
+                let words = if *written { "subnet file written" } else { "subnet file as it should be" };
+                info!(path = %file.path().display(), subnet = %env.subnet, mtu = env.mtu, "{words}");
             }
             Err(error) => {
                 let error = chain(error);

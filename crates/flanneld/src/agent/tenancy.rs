@@ -1,6 +1,8 @@
 //! Our own lease: kept, published, put right, and taken anew.
 //!
 //! ```text
+//!   Confirming ──the store says so──▶ Held
+//!
 //!   Held ──renewal due───────▶ Renewing ────┐
 //!     │ ◀──────────────────────────────────┘ │ lost
 //!     ├──not what it should say─▶ Publishing ◀┘
@@ -20,7 +22,7 @@ use tracing::{error, info, warn};
 
 use super::{Agent, ECHOES, Input, LONGEST_WAIT, Need, REWRITES, Tenancy, now, ruleset};
 use crate::health::Aspect;
-use crate::lease::{acquire, delays};
+use crate::lease::{Reconfigured, acquire, delays, network_config};
 
 impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Compares what the store says of our own lease with what we hold, as
@@ -74,6 +76,27 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         }
     }
 
+    /// Has the store say whether the lease that we remember is ours.
+    pub(super) fn confirm(&mut self) {
+        self.tenancy = Tenancy::Confirming;
+        let subnet = self.own();
+        let pending = format!("going by what this host remembers, with {subnet}, until etcd answers");
+        self.parts.status.send_modify(|status| status.memory = Aspect::Pending(pending));
+        let (store, remembered) = (self.parts.store.clone(), self.parts.config.text.clone());
+        let (wanted, status) = (self.wanted.subscribe(), self.parts.status.clone());
+        self.spawn(async move {
+            let (config, _) = network_config(&*store, &status).await;
+            if config.text != remembered {
+                return Input::Reconfigured;
+            }
+            let attrs = wanted.borrow().clone();
+            match acquire(&*store, &config, &attrs, Some(subnet), &status).await {
+                Ok(held) => Input::Acquired(held),
+                Err(Reconfigured) => Input::Reconfigured,
+            }
+        });
+    }
+
     pub(super) fn renew(&mut self) {
         self.tenancy = Tenancy::Renewing;
         let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
@@ -87,6 +110,10 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 self.said.renewed(self.own(), expiry);
                 (self.rewrites_left, self.disputed) = (REWRITES, false);
                 self.keeper.renewed(expiry, now());
+                self.news();
+                if self.standing_by.is_none() {
+                    self.stand_by();
+                }
                 self.parts.status.send_modify(|status| status.lease = Aspect::Good);
             }
             Err(StoreError::Lost { .. }) => self.restore("our lease ran out in the store"),
@@ -98,6 +125,28 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                     self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
                 }
             }
+        }
+    }
+
+    /// Answers for our lease whoever asks whether its holder is alive.
+    pub(super) fn stand_by(&mut self) {
+        if let Some(former) = self.standing_by.take() {
+            former.abort();
+        }
+        let lost = self.parts.store.hold(&self.parts.held);
+        let inputs = self.inputs.0.clone();
+        self.standing_by = Some(self.tasks.spawn(async move {
+            // A closed channel means that the agent has stopped.
+            drop(inputs.send(Input::Lost(lost.await)).await);
+        }));
+    }
+
+    pub(super) fn take_loss(&mut self, error: StoreError) {
+        self.standing_by = None;
+        let is_own = matches!(&error, StoreError::Lost { subnet, .. } if *subnet == self.own());
+        // Whoever writes to our lease at the moment finds out by himself.
+        if is_own && self.tenancy == Tenancy::Held {
+            self.take_published(Err(error));
         }
     }
 
@@ -149,12 +198,12 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         self.tenancy = Tenancy::Moving;
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
-        let wanted = self.wanted.subscribe();
+        let (wanted, status) = (self.wanted.subscribe(), self.parts.status.clone());
         self.spawn(async move {
             loop {
                 let attrs = wanted.borrow().clone();
                 // A config that is another one now needs a restart; until then we go by the one we have.
-                if let Ok(held) = acquire(&*store, &config, &attrs, None).await {
+                if let Ok(held) = acquire(&*store, &config, &attrs, None, &status).await {
                     return Input::Acquired(held);
                 }
             }
@@ -164,8 +213,12 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     pub(super) fn hold(&mut self, held: HeldLease) {
         let former = self.own();
         self.tenancy = Tenancy::Held;
+        self.news();
+        self.parts.status.send_modify(|status| status.memory = Aspect::Good);
         self.keeper = LeaseKeeper::new(self.parts.options.renew_margin, held.expiry, now());
-        // The store's own word of it may still be under way.
+        // Whoever had it before and is held has lost it. And the store's own word of it may still be under way.
+        self.guard.release(held.lease.subnet);
+        self.tell_held(0);
         self.view.apply(LeaseEvent::Put(held.lease.clone()));
         let moved = self.parts.held.lease.attrs != held.lease.attrs;
         let former_attrs = std::mem::replace(&mut self.parts.held, held).lease.attrs;
@@ -176,6 +229,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             self.needs(Need::Plan);
         }
         self.parts.status.send_modify(|status| status.lease = Aspect::Good);
+        self.stand_by();
         if former != self.own() {
             self.move_from(former);
         }

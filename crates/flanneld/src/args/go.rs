@@ -17,42 +17,54 @@ pub(super) fn split(
     words: impl IntoIterator<Item = OsString>,
 ) -> (Vec<Flag>, Vec<String>) {
     let (mut flags, mut mistakes): (Vec<Flag>, Vec<String>) = (Vec::new(), Vec::new());
-    let mut words = words.into_iter().map(OsString::into_string);
+    let known = |name: &str| command.get_arguments().find(|argument| argument.get_long() == Some(name));
+    // Go takes such a word for a value; but nobody means an interface that is called `--etcd-password=…`.
+    let names_a_flag = |word: &Result<String, OsString>| {
+        let name = word.as_deref().ok().and_then(dashed);
+        name.is_some_and(|name| known(name.split_once('=').map_or(name, |(name, _)| name)).is_some())
+    };
+    let mut words = words.into_iter().map(OsString::into_string).peekable();
+    // The flag before, and whether it takes no word.
+    let mut before: Option<(String, bool)> = None;
     while let Some(word) = words.next() {
         let Ok(word) = word else {
             mistakes.push("the command line holds a word that is not UTF-8 text".into());
             continue;
         };
-        let name = word.strip_prefix("--").or_else(|| word.strip_prefix('-'));
-        let Some(name) = name.filter(|name| !name.is_empty()) else {
+        let Some(name) = dashed(&word) else {
             // Go stops here and passes over the rest in silence, flags and all.
-            let rest: Vec<String> = if word == "--" { words.flatten().collect() } else { vec![word] };
-            // A blank too many behind `--etcd-password=` must not bring the password to light.
-            let secret = flags.last().is_some_and(|flag| flag.name == "etcd-password");
-            mistakes.extend(rest.iter().map(|word| {
-                let shown = if secret { "the word after --etcd-password" } else { &format!("{word:?}") };
-                format!(
+            let more = words.count();
+            if word != "--" {
+                // A blank too many behind `--etcd-password=`, or that flag misspelt, must not bring the password to
+                // light: only what can be nothing but a mistaken boolean is repeated.
+                let shown = match before {
+                    Some((name, false)) => format!("the word after --{}", name.escape_debug()),
+                    _ => format!("{word:?}"),
+                };
+                mistakes.push(format!(
                     "{shown} is no flag: a boolean is written --flag or --flag=false, a value --flag=value"
-                )
-            }));
+                ));
+            } else if more > 0 {
+                mistakes.push(format!("-- would hide what follows it ({more}): leave it out"));
+            }
             return (flags, mistakes);
         };
         let (name, value) = match name.split_once('=') {
             Some((name, value)) => (name, Some(value.to_owned())),
             None => (name, None),
         };
+        let is_boolean = known(name).is_some_and(clap::Arg::is_require_equals_set);
+        before = Some((name.into(), is_boolean));
         if matches!(name, "h" | "help" | "version") {
             flags.push(Flag { name: name.into(), value });
             continue;
         }
-        let Some(argument) = command.get_arguments().find(|argument| argument.get_long() == Some(name))
-        else {
-            mistakes.push(format!("--{name}: there is no such flag"));
+        if known(name).is_none() {
+            mistakes.push(format!("--{}: there is no such flag", name.escape_debug()));
             continue;
-        };
-        let is_boolean = argument.is_require_equals_set();
+        }
         let value = match value {
-            None if !is_boolean => match words.next() {
+            None if !is_boolean => match words.next_if(|word| !names_a_flag(word)) {
                 Some(Ok(value)) => Some(value),
                 Some(Err(_)) => {
                     mistakes.push(format!("--{name} is not UTF-8 text"));
@@ -68,6 +80,11 @@ pub(super) fn split(
         flags.push(Flag { name: name.into(), value });
     }
     (flags, mistakes)
+}
+
+/// What follows the dashes of a flag.
+fn dashed(word: &str) -> Option<&str> {
+    word.strip_prefix("--").or_else(|| word.strip_prefix('-')).filter(|name| !name.is_empty())
 }
 
 /// One of Go's twelve spellings.

@@ -117,7 +117,7 @@ fn every_mistake_of_both_places_is_told_at_once() {
             r#"FLANNELD_AUDIT_INTERVAL is "soon": must be a whole number"#,
             "--kube-subnet-mgr: the Kubernetes subnet manager is not there yet; leave it out and use etcd",
             "--etcd-certfile is given alone: must be together with --etcd-keyfile",
-            "FLANNELD_ETCD_USERNAME is given alone: must be together with --etcd-password",
+            "FLANNELD_ETCD_USERNAME is given alone: must be together with --etcd-password or --etcd-password-file",
             r#"--public-ip is "fd00::1": must be an IPv4 address"#,
             r#"--iface-regex is "(": must be a regular expression (unclosed group)"#,
             "--subnet-lease-renew-margin is 0: must be from 1 to 1439 minutes, for a lease lasts 1440",
@@ -174,7 +174,7 @@ fn a_flag_of_a_part_that_does_not_exist_yet_is_refused_by_name() {
 
 #[test]
 fn an_interval_longer_than_a_day_is_refused() {
-    for flag in ["audit-interval", "iptables-resync"] {
+    for flag in ["audit-interval", "iptables-resync", "removal-grace"] {
         let mistakes = read(&[&format!("--{flag}=9223372036854775807")], &[]).unwrap_err();
 
         assert!(
@@ -182,6 +182,15 @@ fn an_interval_longer_than_a_day_is_refused() {
             "{mistakes:?}"
         );
     }
+}
+
+#[test]
+fn a_removal_may_be_believed_at_once_but_not_sooner() {
+    let grace = |seconds: &str| read(&[&format!("--removal-grace={seconds}")], &[]);
+
+    assert_eq!(read(&[], &[]).unwrap().removal_grace, Duration::from_secs(60));
+    assert_eq!(grace("0").unwrap().removal_grace, Duration::ZERO);
+    assert_eq!(grace("-1").unwrap_err(), ["--removal-grace is -1: must be from 0 to 86400 seconds, a day"]);
 }
 
 #[test]
@@ -194,11 +203,44 @@ fn a_password_is_never_shown() {
     let settings = read(&["-etcd-username=joe", "-etcd-password=canary"], &[]).unwrap();
     let mistakes = read(&["-etcd-password=canary"], &[]).unwrap_err();
 
-    assert_eq!(settings.etcd_user.as_ref().unwrap().1.reveal(), "canary");
+    let Some((_, PasswordFrom::Flag(password))) = &settings.etcd_user else { panic!("no password") };
+    assert_eq!(password.reveal(), "canary");
     assert!(!format!("{settings:?}").contains("canary"));
     assert!(!format!("{mistakes:?}").contains("canary"));
-    let mistakes = read(&["-etcd-password=", "canary"], &[]).unwrap_err();
-    assert!(!format!("{mistakes:?}").contains("canary"), "{mistakes:?}");
+}
+
+#[test]
+fn a_word_that_may_be_a_password_is_not_repeated() {
+    for words in [
+        ["-etcd-password=", "canary"].as_slice(),
+        &["-etcd-passwort", "canary"],
+        &["-iface", "-etcd-password", "canary"],
+        &["-iface", "-etcd-password=canary"],
+        &["-iface", "-etcd-passwort", "canary"],
+        &["--", "-etcd-password=canary"],
+    ] {
+        let mistakes = read(words, &[]).unwrap_err();
+
+        assert!(!format!("{mistakes:?}").contains("canary"), "{mistakes:?}");
+    }
+}
+
+#[test]
+fn a_flag_in_the_place_of_a_value_is_no_value() {
+    let mistakes = read(&["-iface", "-ip-masq=yes", "-v"], &[]).unwrap_err();
+
+    assert_eq!(
+        mistakes,
+        ["--iface needs a value", "--v needs a value", r#"--ip-masq is "yes": must be true or false"#]
+    );
+}
+
+#[test]
+fn whatever_is_written_each_mistake_is_one_line() {
+    let mistakes = read(&["-no\nsuch", "-v=\n", "-route-mode=\u{1b}[31m", "two\nlines"], &[]).unwrap_err();
+
+    assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+    assert!(!mistakes.iter().any(|mistake| mistake.contains(char::is_control)), "{mistakes:?}");
 }
 
 #[test]
