@@ -8,6 +8,7 @@ pub mod lab;
 pub mod leases;
 pub mod memory_store;
 pub mod netns;
+pub mod tracer;
 
 use std::io::Write;
 
