@@ -4,6 +4,7 @@
 pub mod build;
 pub mod etcd;
 pub mod fake_network;
+pub mod fuzz;
 pub mod lab;
 pub mod leases;
 pub mod memory_store;
