@@ -95,7 +95,7 @@ impl<K: Kv> Registry<K> {
                 Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
                 Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
                 Choice::PickFrom(free) => {
-                    let subnet = free.pick((rand::random(), rand::random()));
+                    let subnet = free.pick((fastrand::u64(..), fastrand::u64(..)));
                     self.create_lease(grant, subnet, attrs).await?
                 }
                 Choice::Exhausted { leased } => return Err(self.exhausted(config, leased)),
@@ -312,7 +312,7 @@ impl Race {
             return Err(StoreError::Refused { operation: operation.into(), source });
         }
         debug!(operation, "lost a race, looking again");
-        sleep(Duration::from_millis(rand::random_range(1..50))).await;
+        sleep(Duration::from_millis(fastrand::u64(1..50))).await;
         Ok(())
     }
 }

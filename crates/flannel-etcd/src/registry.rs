@@ -284,7 +284,7 @@ impl<K: Kv> Registry<K> {
                 }
             }
         }
-        let id = rand::random_range(1..=i64::MAX);
+        let id = fastrand::i64(1..);
         // Nobody else draws the same 63 bits: one that is there already is an earlier attempt of ours.
         grant(id).await?;
         Ok(id)

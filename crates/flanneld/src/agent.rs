@@ -659,6 +659,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                     return;
                 }
                 tokio::select! {
+                    biased;
                     () = tokio::time::sleep(every) => {}
                     changed = rules.changed() => if changed.is_err() { return },
                 }

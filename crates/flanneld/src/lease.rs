@@ -110,6 +110,7 @@ pub async fn acquire<S: LeaseStore>(
         if let StoreError::Exhausted { leased, .. } = error {
             // The watch is made for this wait alone, so it may be dropped with it.
             tokio::select! {
+                biased;
                 () = freed(store, leased) => info!("a subnet was freed"),
                 () = reconfigured(store, config) => {
                     info!("the network config was changed");

@@ -218,7 +218,7 @@ async fn take_place<S: LeaseStore>(
     status: &watch::Sender<Status>,
 ) -> Result<Option<Place>, StartError> {
     let ground = survey(network, settings, former, &config, &*backend).await?;
-    let attrs = backend.attributes(&ground.underlay, &ground.state, MacAddr::local(rand::random()));
+    let attrs = backend.attributes(&ground.underlay, &ground.state, random_mac());
     let held = acquire(store, &config, &attrs, former.subnet, status).await;
     Ok(held.ok().map(|held| ground.place(config, backend, held)))
 }
@@ -266,7 +266,7 @@ async fn recall_place(
     let ground = survey(network, settings, former, &config, &*backend).await?;
     let mac = match &held.lease.attrs.backend_data {
         Some(BackendData::Vtep { mac, .. }) => *mac,
-        _ => MacAddr::local(rand::random()),
+        _ => random_mac(),
     };
     let attrs = backend.attributes(&ground.underlay, &ground.state, mac);
     if attrs.public_ip != held.lease.attrs.public_ip {
@@ -283,6 +283,10 @@ async fn recall_place(
         "etcd does not answer; going by what this host remembers of the network until it does"
     );
     Ok(Some((ground.place(config, backend, held), Some(peers))))
+}
+
+fn random_mac() -> MacAddr {
+    MacAddr::local(std::array::from_fn(|_| fastrand::u8(..)))
 }
 
 /// Where this host stands.

@@ -119,7 +119,7 @@ impl StateDir {
                 Ok(Some(_)) => set_aside(&path, "it is not 32 hex digits"),
                 Err(error) => set_aside(&path, &error.to_string()),
             }
-            let id = format!("{:032x}\n", rand::random::<u128>());
+            let id = format!("{:032x}\n", fastrand::u128(..));
             if let Err(error) = whole_file::create(&path, &id, FILE_MODE) {
                 met = error;
             }
