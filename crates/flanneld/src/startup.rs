@@ -125,13 +125,35 @@ async fn start(
     state: Option<&StateDir>,
     memory: Option<Memory>,
 ) -> Result<Agent<EtcdStore, LinuxNetwork, IptablesFirewall>, StartError> {
+    let store = Arc::new(EtcdStore::connect(&etcd(settings, state_dir::identity(state))).await?);
+    let parts = join(settings, store, LinuxNetwork::new()?, status, state, memory).await?;
+    if let Some(remedy) = bridge_netfilter_remedy().filter(|_| !parts.options.wanted.nothing()) {
+        warn!(remedy, "bridged containers pass the traffic rules by");
+    }
+    let parts = Parts { on_ready: Some(Box::new(notify::ready)), ..parts };
+    Ok(Agent::new(parts, IptablesFirewall::new(Family::Ipv4)))
+}
+
+/// Takes this host's place in the cluster: what an agent is made of, on
+/// whatever store and kernel.
+///
+/// # Errors
+/// The flags or the host have to change first.
+pub async fn join<S: LeaseStore, N: Network>(
+    settings: &Settings,
+    store: Arc<S>,
+    mut network: N,
+    status: watch::Sender<Status>,
+    state: Option<&StateDir>,
+    memory: Option<Memory>,
+) -> Result<Parts<S, N>, StartError> {
     let file = SubnetFile::new(settings.subnet_file.clone());
     let mut former = former(&file);
     // The file is gone after a reboot; the memory is not.
     former.subnet = former.subnet.or(memory.as_ref().map(|memory| memory.own.subnet));
-    let store = Arc::new(EtcdStore::connect(&etcd(settings, state_dir::identity(state))).await?);
-    let mut network = LinuxNetwork::new()?;
-    let mut memory = memory.and_then(|memory| Recalled::of(memory, &store.config_key()));
+    let memory = memory.zip(state);
+    let mut memory =
+        memory.and_then(|(memory, state)| Recalled::of(memory, &store.config_key(), state.now()));
     // From the config on, the line is walked again if the range turns out to be full and is then made another one.
     let (place, peers) = loop {
         let first_answer = async {
@@ -163,9 +185,6 @@ async fn start(
         random_fully: settings.random_fully,
         forward: settings.forward,
     };
-    if let Some(remedy) = bridge_netfilter_remedy().filter(|_| !wanted.nothing()) {
-        warn!(remedy, "bridged containers pass the traffic rules by");
-    }
     let pools = place.config.pools().copied().collect();
     let node = Node { pools, underlay: place.underlay, lease: place.held.lease.clone(), mtu: None };
     if settings.route_mode == RouteMode::Nexthop && place.backend.links().is_empty() {
@@ -175,7 +194,7 @@ async fn start(
         );
     }
     let planner = Planner::new(place.backend, node, settings.route_mode);
-    let parts = Parts {
+    Ok(Parts {
         store,
         reconciler: Reconciler::new(network, planner, place.claim, settings.selection.clone()),
         config: place.config,
@@ -190,11 +209,10 @@ async fn start(
             removal_grace: settings.removal_grace,
         },
         status,
-        on_ready: Some(Box::new(notify::ready)),
+        on_ready: None,
         state: state.cloned(),
         recalled: peers,
-    };
-    Ok(Agent::new(parts, IptablesFirewall::new(Family::Ipv4)))
+    })
 }
 
 /// This host's place in the cluster.
@@ -209,9 +227,9 @@ struct Place {
 }
 
 /// Underlay, backend, lease; `None` if the config changed while we waited for room in it.
-async fn take_place<S: LeaseStore>(
+async fn take_place<S: LeaseStore, N: Network>(
     store: &S,
-    network: &mut LinuxNetwork,
+    network: &mut N,
     settings: &Settings,
     former: &FormerEnv,
     (config, backend): (NetworkConfig, Box<dyn Backend>),
@@ -235,8 +253,7 @@ struct Recalled {
 
 impl Recalled {
     /// `None`, which is told, if our lease may have ended or the config cannot be used.
-    fn of(memory: Memory, key: &str) -> Option<Self> {
-        let now = state_dir::wall_clock();
+    fn of(memory: Memory, key: &str, now: u64) -> Option<Self> {
         let unusable = |reason: String| {
             info!(reason, "what this host remembers of the network is of no use any more");
         };
@@ -256,8 +273,8 @@ impl Recalled {
 
 /// The place that we remember, with everybody else's leases; `None` if this
 /// host no longer stands where it did.
-async fn recall_place(
-    network: &mut LinuxNetwork,
+async fn recall_place<N: Network>(
+    network: &mut N,
     settings: &Settings,
     former: &FormerEnv,
     recalled: Recalled,
@@ -304,8 +321,8 @@ impl Ground {
 }
 
 /// Looks at the host, and chooses the interface between the hosts.
-async fn survey(
-    network: &mut LinuxNetwork,
+async fn survey<N: Network>(
+    network: &mut N,
     settings: &Settings,
     former: &FormerEnv,
     config: &NetworkConfig,

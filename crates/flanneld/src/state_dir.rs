@@ -12,6 +12,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use flannel_core::chain::chain;
@@ -39,18 +40,37 @@ pub struct StateError {
 }
 
 /// The directory, for one cluster.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct StateDir {
     directory: PathBuf,
     /// Of all keys of the cluster.
     prefix: String,
+    /// The time of a simulation.
+    clock: Option<Clock>,
 }
+
+type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 impl StateDir {
     /// The state in `directory` of the cluster under `prefix`; nothing need be there.
     pub fn new(directory: PathBuf, prefix: &str) -> Self {
         let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
-        Self { directory, prefix: parts.join("/") }
+        Self { directory, prefix: parts.join("/"), clock: None }
+    }
+
+    /// The same in a simulation, whose time `clock` tells, in seconds since 1970.
+    /// What is written there is written on the spot: a thread beside would not
+    /// keep to that time.
+    pub fn simulated(self, clock: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self { clock: Some(Arc::new(clock)), ..self }
+    }
+
+    /// Now, by the wall clock, in seconds since 1970.
+    pub fn now(&self) -> u64 {
+        match &self.clock {
+            Some(clock) => clock(),
+            None => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        }
     }
 
     /// The prefix, as it stands in the memory.
@@ -94,6 +114,15 @@ impl StateDir {
         let path = self.memory_path();
         let written = self.make().and_then(|()| whole_file::replace(&path, &memory.to_string(), FILE_MODE));
         written.map_err(|source| StateError { path: path.display().to_string(), source })
+    }
+
+    /// The same, without keeping others waiting for the disk.
+    pub(crate) async fn remember_beside(self, memory: Memory) -> Result<(), StateError> {
+        if self.clock.is_some() {
+            return self.remember(&memory);
+        }
+        let written = tokio::task::spawn_blocking(move || self.remember(&memory)).await;
+        written.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 
     fn make(&self) -> io::Result<()> {
@@ -143,11 +172,6 @@ pub fn identity(state: Option<&StateDir>) -> HostIdentity {
         .ok()
     });
     HostIdentity { id: id.unwrap_or_else(|| format!("boot-{boot}")), boot, name }
-}
-
-/// Now, by the wall clock, in seconds since 1970.
-pub fn wall_clock() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Renames what cannot be believed, so that it is neither read again nor lost.

@@ -13,7 +13,7 @@ use flannel_core::store::{LeaseEvent, LeaseStore, Snapshot};
 use tokio::time::Instant;
 
 use super::{Agent, Input, Need, now};
-use crate::state_dir::{StateError, wall_clock};
+use crate::state_dir::{StateDir, StateError};
 
 /// After the first change in a while: what comes with it is written together.
 const SOON: Duration = Duration::from_secs(1);
@@ -66,13 +66,10 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let Some(state) = self.parts.state.clone() else { return };
         self.note.due = None;
         self.note.writing = true;
-        let memory = self.memory();
+        let memory = self.memory(&state);
         let leases = u32::try_from(memory.peers.len()).unwrap_or(u32::MAX);
         self.note.earliest = Some(Instant::now() + PAUSE + PAUSE_PER_LEASE * leases);
-        self.spawn(async move {
-            let written = tokio::task::spawn_blocking(move || state.remember(&memory)).await;
-            Input::Remembered(written.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
-        });
+        self.spawn(async move { Input::Remembered(state.remember_beside(memory).await) });
     }
 
     pub(super) fn take_remembered(&mut self, result: Result<(), StateError>) {
@@ -92,20 +89,20 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             return;
         }
         if let Some(state) = &self.parts.state {
-            let result = state.remember(&self.memory());
+            let result = state.remember(&self.memory(state));
             self.said.note(&result);
         }
     }
 
-    fn memory(&self) -> Memory {
+    fn memory(&self, state: &StateDir) -> Memory {
         let own: Lease = self.parts.held.lease.clone();
-        let written = wall_clock();
+        let written = state.now();
         let expires = match self.keeper.expiry() {
             Expiry::Never => None,
             Expiry::At(end) => Some(written + end.saturating_duration_since(now()).as_secs()),
         };
         Memory {
-            prefix: self.parts.state.as_ref().map(|state| state.prefix().to_owned()).unwrap_or_default(),
+            prefix: state.prefix().to_owned(),
             config: self.parts.config.text.to_string(),
             handle: self.parts.held.handle,
             peers: self.view.peers(own.subnet).collect(),
