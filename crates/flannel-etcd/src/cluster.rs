@@ -8,7 +8,7 @@ use etcd_client::{
 };
 
 use crate::call::Endpoints;
-use crate::connect::Dial;
+use crate::connect::{Dial, Settings, SettingsError};
 use crate::kv::{Answer, Compare, Entry, Failure, Kv, Moment, Op, Opened, Page, Range, Refusal, Term, Txn};
 use crate::stream::{self, ClusterStream};
 
@@ -17,6 +17,15 @@ use crate::stream::{self, ClusterStream};
 pub struct Cluster(Arc<Endpoints>);
 
 impl Cluster {
+    /// Checks the settings; nothing is sent yet.
+    ///
+    /// # Errors
+    /// A setting that cannot work, named by its flag.
+    #[doc(hidden)]
+    pub async fn connect(settings: &Settings) -> Result<Self, SettingsError> {
+        Ok(Self::new(Dial::new(settings).await?))
+    }
+
     pub(crate) fn new(dial: Dial) -> Self {
         Self(Arc::new(Endpoints::new(dial)))
     }
