@@ -57,7 +57,7 @@ pub fn misfits<'a>(
 }
 
 /// Whether a host of this network may hold `subnet`.
-fn fits(config: &NetworkConfig, subnet: Subnet) -> bool {
+pub fn fits(config: &NetworkConfig, subnet: Subnet) -> bool {
     let part = |pool: &Option<Pool>, network: Option<IpNetwork>| match (pool, network) {
         (Some(pool), Some(network)) => pool.leases_out(network),
         (None, None) => true,

@@ -13,12 +13,13 @@
 //! Peers see an event when a key is written and none when its etcd lease is
 //! kept alive. So a key is written only if its bytes change.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
-use flannel_core::allocation::{Choice, choose, misfits};
+use flannel_core::allocation::{Choice, choose, fits, misfits};
 use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
-use flannel_core::store::StoreError;
+use flannel_core::store::{Snapshot, StoreError};
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info};
 
@@ -91,7 +92,14 @@ impl<K: Kv> Registry<K> {
         loop {
             let listing = self.list().await?;
             let snapshot = &listing.snapshot;
-            let held = match choose(config, snapshot, attrs.public_ip, previous) {
+            let previous = self.asked().or(previous);
+            let choice = choose(config, snapshot, attrs.public_ip, previous);
+            let former = match &choice {
+                Choice::Reuse(_) => None,
+                _ => self.adopt_former(grant, config, snapshot, attrs, previous).await?,
+            };
+            let held = match choice {
+                _ if former.is_some() => former,
                 Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
                 Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
                 Choice::PickFrom(free) => {
@@ -205,9 +213,19 @@ impl<K: Kv> Registry<K> {
         attrs: &LeaseAttrs,
     ) -> Result<Option<HeldLease>, StoreError> {
         let (id, since) = grant.get(self, attrs).await?;
+        self.ask_for(Some(subnet));
         let created = self.write(&subnet, attrs, id, &Standing::default(), None).await? == Written::Done;
+        self.ask_for(None);
         grant.used |= created;
         Ok(created.then(|| leased(subnet, attrs, id, since)))
+    }
+
+    fn asked(&self) -> Option<Subnet> {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask_for(&self, subnet: Option<Subnet>) {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = subnet;
     }
 
     /// Deletes a lease of ours that the config no longer allows.
@@ -248,6 +266,27 @@ impl<K: Kv> Registry<K> {
                 }
             }
             Recorded::Them(_) => Ok(None),
+        }
+    }
+
+    /// The same for the subnet that we had before, if it stands under another address: only the
+    /// record tells then that it is ours still.
+    async fn adopt_former(
+        &self,
+        grant: &mut Grant,
+        config: &NetworkConfig,
+        snapshot: &Snapshot,
+        attrs: &LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> Result<Option<HeldLease>, StoreError> {
+        let stands = |subnet: &Subnet| snapshot.leases.iter().any(|lease| lease.subnet == *subnet);
+        let Some(subnet) = previous.filter(|subnet| stands(subnet) && fits(config, *subnet)) else {
+            return Ok(None);
+        };
+        match self.adopt(grant, subnet, attrs).await {
+            // A copy of our disk that lives, at an address of its own: it keeps its subnet and we take another.
+            Err(StoreError::Twin { .. }) => Ok(None),
+            adopted => adopted,
         }
     }
 

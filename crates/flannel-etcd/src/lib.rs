@@ -32,8 +32,8 @@ mod stream;
 mod trace;
 mod watch;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use flannel_core::lease::{Expiry, HeldLease, HostIdentity, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
@@ -87,6 +87,7 @@ impl<K: Kv> EtcdStore<K> {
                 host,
                 unfenced: AtomicBool::new(false),
                 first: First::default(),
+                asked: Mutex::default(),
             }),
         }
     }

@@ -42,6 +42,9 @@ pub(crate) struct Registry<K> {
     pub(crate) unfenced: AtomicBool,
     /// What the first watch begins with.
     pub(crate) first: First,
+    /// The subnet that we have asked for and had no answer: it may be ours yet, later than we
+    /// would wait, so it is the one to ask for again.
+    pub(crate) asked: Mutex<Option<Subnet>>,
 }
 
 /// The listing that a lease was taken by, for the first watch to go on from:

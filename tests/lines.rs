@@ -1,0 +1,114 @@
+//! Leases in an etcd whose answers are late or lost: the real store on a
+//! simulated etcd, which can be made to do at will what a real one does rarely.
+
+#![allow(clippy::unwrap_used, reason = "the whole target is tests")]
+
+use std::time::Duration;
+
+use flannel_core::lease::HostIdentity;
+use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
+use flannel_etcd::EtcdStore;
+use flannel_tests::etcd::PREFIX;
+use flannel_tests::leases::{config, host, key, machine, record_key, subnet};
+use flannel_tests::sim_etcd::{Fate, SimClient, SimEtcd};
+use tokio::time::{sleep, timeout};
+
+const PROMPT: Fate = Fate::Answered(Duration::ZERO, Duration::ZERO);
+
+fn store(client: &SimClient) -> EtcdStore<SimClient> {
+    store_of(client, machine("a", "boot-1"))
+}
+
+fn store_of(client: &SimClient, host: HostIdentity) -> EtcdStore<SimClient> {
+    EtcdStore::over(client.clone(), PREFIX, 10, Some(host))
+}
+
+/// The keys of all leases and records.
+fn keys(etcd: &SimEtcd) -> Vec<String> {
+    let keys = etcd.keys(PREFIX).into_iter();
+    keys.map(|entry| String::from_utf8(entry.key).unwrap()).filter(|key| !key.ends_with("config")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_was_asked_for_without_an_answer_is_asked_for_again() {
+    for _ in 0..20 {
+        let etcd = SimEtcd::start();
+        let client = etcd.client(1);
+        let store = store(&client);
+        // The list, the etcd lease, and then the transaction, which is carried out after half a minute.
+        client.fates([PROMPT, PROMPT, Fate::Late(Duration::from_secs(30))]);
+        let unanswered = store.acquire(&config(), &host(1), None).await;
+        assert!(matches!(unanswered, Err(StoreError::Unreachable { .. })), "{unanswered:?}");
+
+        let held = store.acquire(&config(), &host(1), None).await.unwrap();
+        sleep(Duration::from_secs(60)).await;
+
+        assert_eq!(store.list().await.unwrap().leases, [held.lease]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_comes_back_with_another_address_keeps_its_subnet() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let former = store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+
+    let held = store(&client).acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+
+    assert_eq!((held.lease.subnet, held.handle), (subnet(7), former.handle));
+    assert_eq!(keys(&etcd), [record_key(7), key(7)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_former_subnet_that_is_another_host_s_now_is_left_to_it() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let theirs = store_of(&other, machine("b", "boot-1"));
+    theirs.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+
+    assert_ne!(held.lease.subnet, subnet(7));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_our_disk_that_has_our_former_subnet_keeps_it() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let copy = store_of(&other, machine("a", "boot-2"));
+    let theirs = copy.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let answering = tokio::spawn(copy.hold(&theirs));
+
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+
+    assert_ne!(held.lease.subnet, subnet(7));
+    copy.renew(&theirs).await.unwrap();
+    assert!(!answering.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_that_etcd_has_compacted_in_its_own_revision_is_not_missed() {
+    let etcd = SimEtcd::start();
+    etcd.put(&key(1), host(1).to_json().as_bytes());
+    let client = etcd.client(1);
+    let mut watch = store(&client).watch();
+    assert!(matches!(watch.next().await, Ok(LeaseEvent::Snapshot(snapshot)) if snapshot.leases.len() == 1));
+    let next = tokio::spawn(async move {
+        loop {
+            if let Ok(event) = watch.next().await {
+                return event;
+            }
+        }
+    });
+    // Now the watch is open.
+    sleep(Duration::from_secs(1)).await;
+
+    client.cut(true);
+    etcd.delete(&key(1));
+    etcd.compact(0);
+    sleep(Duration::from_secs(100)).await;
+    client.cut(false);
+
+    let event = timeout(Duration::from_secs(1000), next).await.expect("something is told").unwrap();
+    assert!(matches!(&event, LeaseEvent::Snapshot(snapshot) if snapshot.leases.is_empty()), "{event:?}");
+}
