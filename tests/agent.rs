@@ -442,6 +442,35 @@ async fn a_lease_that_vanishes_again_while_it_is_put_back_is_put_back_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_second_lease_of_ours_is_given_back_and_nobody_else_s() {
+    let host = Host::in_sync().await;
+    host.store.inner().ours = vec![subnet(4), subnet(5)];
+    let stands = |host: &Host, number| host.store.inner().leases.contains_key(&subnet(number));
+
+    // With our address, with our MAC, with both and yet not ours, and with neither.
+    for (number, mac, address) in [(4, 4, 1), (5, 1, 5), (6, 1, 1), (7, 7, 7)] {
+        host.store.put(peer(number, mac, address));
+    }
+    tokio::time::sleep(MINUTE).await;
+
+    assert_eq!([4, 5, 6, 7].map(|number| stands(&host, number)), [false, false, true, true]);
+    assert!(stands(&host, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_lease_of_ours_keeps_no_renewal_waiting_while_the_store_is_away() {
+    let host = Host::in_sync().await;
+    host.store.inner().ours = vec![subnet(4)];
+    host.store.inner().away = true;
+    host.store.put(peer(4, 4, 1));
+    tokio::time::sleep(59 * MINUTE).await;
+    host.store.inner().away = false;
+
+    host.store.until(|store| store.renewals > 0).await;
+    host.store.until(|store| !store.leases.contains_key(&subnet(4))).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lease_that_has_run_out_or_cannot_be_put_back_is_not_called_ready() {
     let mut renewing = Host::in_sync().await;
     renewing.store.inner().away = true;

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use flannel_core::lease::HostIdentity;
+use flannel_core::lease::{HostIdentity, Tenure};
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use flannel_etcd::EtcdStore;
 use flannel_tests::etcd::PREFIX;
@@ -84,6 +84,47 @@ async fn a_copy_of_our_disk_that_has_our_former_subnet_keeps_it() {
     assert_ne!(held.lease.subnet, subnet(7));
     copy.renew(&theirs).await.unwrap();
     assert!(!answering.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_lease_is_given_back_if_its_record_says_that_it_is_ours() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    // As a write that came too late leaves it, and another of the time before we booted.
+    let late = store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let before = store_of(&client, machine("a", "boot-0"));
+    before.acquire(&config(), &host(2), Some(subnet(8))).await.unwrap();
+    let held = store(&client).acquire(&config(), &host(3), Some(subnet(9))).await.unwrap();
+
+    for stray in [7, 8, 9, 10] {
+        store(&client).give_back(&held, subnet(stray)).await.unwrap();
+    }
+
+    assert_eq!(keys(&etcd), [record_key(9), key(9)]);
+    assert_ne!(late.handle, held.handle);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_is_not_certainly_ours_is_not_given_back() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    // Another host's with our address, a Go flanneld's, and that of a copy of our disk that lives.
+    let twin = store_of(&other, machine("b", "boot-1"));
+    twin.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    etcd.put_leased(&key(8), host(3).to_json().as_bytes(), 8, 86_400);
+    let copy = store_of(&other, machine("a", "boot-2"));
+    let theirs = copy.acquire(&config(), &host(2), Some(subnet(9))).await.unwrap();
+    let _answering = tokio::spawn(copy.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(3), Some(subnet(10))).await;
+    let held = held.unwrap_or_else(|error| panic!("{error}"));
+    let before = keys(&etcd);
+
+    for stray in [7, 8, 9] {
+        store(&client).give_back(&held, subnet(stray)).await.unwrap();
+    }
+
+    assert_eq!(keys(&etcd), before);
+    assert_eq!(held.lease.tenure, Tenure::Leased);
 }
 
 #[tokio::test(start_paused = true)]

@@ -28,6 +28,8 @@ pub struct Leases {
     pub lists: usize,
     /// How often its holder has written to a lease since it took it.
     pub writes: usize,
+    /// Leases that are certainly the agent's, beside the one that it knows of.
+    pub ours: Vec<Subnet>,
     /// How long answers to renewing and publishing are on their way.
     pub delay: Duration,
     watchers: Vec<mpsc::UnboundedSender<Result<LeaseEvent, StoreError>>>,
@@ -237,6 +239,16 @@ impl LeaseStore for MemoryStore {
             let holder = store.inner().taken_over.get(&subnet).cloned();
             StoreError::Lost { subnet, holder }
         }
+    }
+
+    async fn give_back(&self, _held: &HeldLease, stray: Subnet) -> Result<(), StoreError> {
+        if self.inner().away {
+            return Err(unreachable());
+        }
+        if self.inner().ours.contains(&stray) {
+            self.remove(stray);
+        }
+        Ok(())
     }
 
     fn host_moved(&self) {}

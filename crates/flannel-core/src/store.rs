@@ -180,6 +180,15 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// alive, and resolves once it belongs to another host.
     fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<Self>;
 
+    /// Gives back a lease that is ours beside `held`: a write that came too late, and
+    /// a store that was restored, leave us some, and peers take them for us. What is
+    /// not certainly ours stays.
+    fn give_back(
+        &self,
+        held: &HeldLease,
+        stray: Subnet,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
     /// This host has another address: connections from the former one lead
     /// nowhere, though nobody has closed them.
     fn host_moved(&self);

@@ -237,9 +237,34 @@ impl<K: Kv> Registry<K> {
             Recorded::Us => true,
             Recorded::Them(_) => false,
         };
-        if still_ours && found.lease != 0 && self.delete(&lease.subnet, &standing).await? {
+        if still_ours && found.lease != 0 && self.delete(&lease.subnet, &standing, None).await? {
             info!(subnet = %lease.subnet, "gave back a lease of ours that the network config no longer allows");
             self.revoke_if_bare(found.lease, &lease.attrs).await;
+        }
+        Ok(())
+    }
+
+    /// Deletes a lease beside the one we hold, if its record says that it is ours.
+    pub(crate) async fn give_back_stray(&self, held: &HeldLease, stray: Subnet) -> Result<(), StoreError> {
+        let attrs = &held.lease.attrs;
+        let standing = self.read_standing(&stray).await?;
+        let Some(found) = standing.key.as_ref().filter(|_| stray != held.lease.subnet) else { return Ok(()) };
+        let question = match self.recorded(&standing) {
+            Recorded::Us => None,
+            // Ours from before a boot, or that of a copy of our disk.
+            Recorded::Them(them) if self.is_our_id(&them) => {
+                match self.ask(stray, &standing, &them, attrs).await? {
+                    None => return Ok(()),
+                    question => question,
+                }
+            }
+            Recorded::Nobody | Recorded::Them(_) => return Ok(()),
+        };
+        if self.delete(&stray, &standing, question).await? {
+            info!(%stray, subnet = %held.lease.subnet, "gave back a second lease of ours");
+            if found.lease != held.handle {
+                self.revoke_if_bare(found.lease, attrs).await;
+            }
         }
         Ok(())
     }

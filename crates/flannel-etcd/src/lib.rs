@@ -135,6 +135,10 @@ impl<K: Kv> LeaseStore for EtcdStore<K> {
         self.registry.clone().hold(held.lease.subnet)
     }
 
+    async fn give_back(&self, held: &HeldLease, stray: Subnet) -> Result<(), StoreError> {
+        self.registry.give_back_stray(held, stray).await
+    }
+
     fn host_moved(&self) {
         self.registry.kv.start_over();
     }

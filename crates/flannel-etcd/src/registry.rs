@@ -251,8 +251,14 @@ impl<K: Kv> Registry<K> {
         Ok(if answered { Written::Answered } else { Written::Not })
     }
 
-    /// Deletes a lease of ours and its record, if they are still as they were found; whether they are gone.
-    pub(crate) async fn delete(&self, subnet: &Subnet, found: &Standing) -> Result<bool, StoreError> {
+    /// Deletes a lease of ours and its record, if they are still as they were found and a question
+    /// that we asked is not answered; whether they are gone.
+    pub(crate) async fn delete(
+        &self,
+        subnet: &Subnet,
+        found: &Standing,
+        question: Option<i64>,
+    ) -> Result<bool, StoreError> {
         let (key, record) = (self.layout.lease(subnet), self.layout.record(subnet));
         let answer = self.fenced_txn(|host| {
             let mut txn = Txn::default();
@@ -261,6 +267,11 @@ impl<K: Kv> Registry<K> {
             if host.is_some() && found.record.is_some() {
                 txn.when.push(unchanged(&record, &found.record));
                 txn.then.push(Op::Delete(record.clone().into()));
+            }
+            if let (Some(_), Some(revision)) = (host, question) {
+                let asks = self.layout.asks(subnet);
+                txn.when.push(Compare::Modified(asks.clone().into(), revision));
+                txn.then.push(Op::Delete(asks.into()));
             }
             txn
         });

@@ -17,7 +17,7 @@
 //! Only channel receipts and timers stand in the loop's `select!`, so nothing
 //! that is dropped there is lost.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -134,6 +134,8 @@ enum Input {
     Acquired(HeldLease),
     /// What we stood by belongs to another host.
     Lost(StoreError),
+    /// A lease beside ours has been given back, or is not ours to give back; or it is still to be.
+    GaveBack(Option<Subnet>),
     /// All leases, to a question that was asked then.
     Listed(Instant, Result<Snapshot, StoreError>),
     Rules(Result<Ensured, HostError>),
@@ -162,6 +164,8 @@ enum Tenancy {
     Publishing,
     /// Somebody else has it; another one is being taken.
     Moving,
+    /// Another one that is ours as well is being given back.
+    GivingBack,
 }
 
 /// What a full pass has to do.
@@ -221,6 +225,8 @@ pub struct Agent<S, N, F> {
     note: Note,
     said: Said,
     inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+    /// Leases beside ours that look as if they were ours too.
+    strays: BTreeSet<Subnet>,
     /// The task that answers whoever asks whether we are alive.
     standing_by: Option<AbortHandle>,
     /// All tasks of the agent; dropping it ends them.
@@ -262,6 +268,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             note: Note::default(),
             said: Said::default(),
             inputs: mpsc::channel(256),
+            strays: BTreeSet::new(),
             standing_by: None,
             tasks: JoinSet::new(),
             parts,
@@ -334,6 +341,12 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             Input::Published(result) => self.take_published(result),
             Input::Acquired(held) => self.hold(held),
             Input::Lost(error) => self.take_loss(error),
+            Input::GaveBack(still) => {
+                self.strays.extend(still);
+                if self.tenancy == Tenancy::GivingBack {
+                    self.tenancy = Tenancy::Held;
+                }
+            }
             Input::Rules(result) => self.take_rules(result),
             Input::Remembered(result) => self.take_remembered(result),
             Input::Reconfigured => self.reconfigured = true,
@@ -341,6 +354,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     }
 
     async fn take_event(&mut self, event: LeaseEvent) {
+        self.look_for_strays(&event);
         match &event {
             LeaseEvent::Snapshot(snapshot) => {
                 self.said.only_unreadable(&snapshot.unreadable);

@@ -15,10 +15,10 @@ use std::net::Ipv4Addr;
 use flannel_core::chain::chain;
 use flannel_core::host::{Firewall, Network};
 use flannel_core::keeper::LeaseKeeper;
-use flannel_core::lease::{Expiry, HeldLease, Subnet, Tenure};
+use flannel_core::lease::{Expiry, HeldLease, Lease, Subnet, Tenure};
 use flannel_core::store::{LeaseEvent, LeaseStore, StoreError};
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{Agent, ECHOES, Input, LONGEST_WAIT, Need, REWRITES, Tenancy, now, ruleset};
 use crate::health::Aspect;
@@ -49,6 +49,9 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             if std::mem::take(&mut self.disputed) {
                 self.parts.status.send_modify(|status| status.lease = Aspect::Good);
             }
+            if let Some(stray) = self.strays.pop_first() {
+                self.give_back(stray);
+            }
         } else if published.attrs.public_ip != ours.attrs.public_ip {
             self.restore("our lease was overwritten in the store");
         } else if published.attrs == ours.attrs {
@@ -74,6 +77,36 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             let pending = "somebody keeps writing other values to our lease".into();
             self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         }
+    }
+
+    /// Takes note of leases that look like ours and are on another subnet.
+    pub(super) fn look_for_strays(&mut self, event: &LeaseEvent) {
+        let is_stray = |lease: &&Lease| self.looks_like_ours(lease);
+        match event {
+            LeaseEvent::Snapshot(snapshot) => {
+                self.strays = snapshot.leases.iter().filter(is_stray).map(|lease| lease.subnet).collect();
+            }
+            LeaseEvent::Put(lease) if is_stray(&lease) => drop(self.strays.insert(lease.subnet)),
+            _ => {}
+        }
+    }
+
+    fn looks_like_ours(&self, lease: &Lease) -> bool {
+        let Lease { subnet: own, attrs: ours, .. } = &self.parts.held.lease;
+        let same_mac = ours.backend_data.is_some() && lease.attrs.backend_data == ours.backend_data;
+        lease.subnet != *own && (same_mac || lease.attrs.public_ip == ours.public_ip)
+    }
+
+    fn give_back(&mut self, stray: Subnet) {
+        self.tenancy = Tenancy::GivingBack;
+        let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
+        self.spawn(async move {
+            let Err(error) = store.give_back(&held, stray).await else { return Input::GaveBack(None) };
+            debug!(error = %chain(&error), %stray, "a lease beside ours cannot be given back yet");
+            // Once, and then again: a renewal that is due must not wait for it.
+            tokio::time::sleep(LONGEST_WAIT).await;
+            Input::GaveBack(Some(stray))
+        });
     }
 
     /// Has the store say whether the lease that we remember is ours.
@@ -145,7 +178,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.standing_by = None;
         let is_own = matches!(&error, StoreError::Lost { subnet, .. } if *subnet == self.own());
         // Whoever writes to our lease at the moment finds out by himself.
-        if is_own && self.tenancy == Tenancy::Held {
+        if is_own && matches!(self.tenancy, Tenancy::Held | Tenancy::GivingBack) {
             self.take_published(Err(error));
         }
     }
