@@ -442,6 +442,21 @@ async fn a_lease_that_vanishes_again_while_it_is_put_back_is_put_back_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_happens_to_our_lease_while_an_answer_about_it_is_on_its_way_is_not_forgotten() {
+    let host = Host::in_sync().await;
+    host.store.inner().delay = Duration::from_secs(3);
+
+    host.store.remove(subnet(1));
+    host.store.until(|store| store.leases.contains_key(&subnet(1))).await;
+    // It has been put back, and is taken before we hear so.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    host.store.put(peer(1, 9, 9));
+
+    let moved = host.until_holding("address 10.5.4.0/32");
+    tokio::time::timeout(MINUTE, moved).await.expect("it was overlooked");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_second_lease_of_ours_is_given_back_and_nobody_else_s() {
     let host = Host::in_sync().await;
     host.store.inner().ours = vec![subnet(4), subnet(5)];

@@ -58,6 +58,7 @@ use doubt::Question;
 use fight::Fight;
 use note::Note;
 use said::Said;
+use tenancy::Heard;
 
 /// How often between two renewals a value of our own lease that somebody changed is put right: two agents must not
 /// fight for ever.
@@ -225,6 +226,9 @@ pub struct Agent<S, N, F> {
     note: Note,
     said: Said,
     inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+    /// Of which leases the store has told since it was asked for ours: what it told may be newer
+    /// than its answer.
+    heard: Heard,
     /// Leases beside ours that look as if they were ours too.
     strays: BTreeSet<Subnet>,
     /// The task that answers whoever asks whether we are alive.
@@ -268,6 +272,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             note: Note::default(),
             said: Said::default(),
             inputs: mpsc::channel(256),
+            heard: Heard::default(),
             strays: BTreeSet::new(),
             standing_by: None,
             tasks: JoinSet::new(),
@@ -355,6 +360,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
 
     async fn take_event(&mut self, event: LeaseEvent) {
         self.look_for_strays(&event);
+        self.heard.take(&event);
         match &event {
             LeaseEvent::Snapshot(snapshot) => {
                 self.said.only_unreadable(&snapshot.unreadable);

@@ -10,6 +10,7 @@
 //!     │ ◀──────────── Moving ◀───────┘
 //! ```
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use flannel_core::chain::chain;
@@ -23,6 +24,37 @@ use tracing::{debug, error, info, warn};
 use super::{Agent, ECHOES, Input, LONGEST_WAIT, Need, REWRITES, Tenancy, now, ruleset};
 use crate::health::Aspect;
 use crate::lease::{Reconfigured, acquire, delays, network_config};
+
+/// Leases of which the store has told.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    all: bool,
+    some: BTreeSet<Subnet>,
+}
+
+impl Heard {
+    /// More are all: whoever waits for long must not keep them all.
+    const MOST: usize = 1000;
+
+    pub(super) fn take(&mut self, event: &LeaseEvent) {
+        match event {
+            LeaseEvent::Snapshot(_) => self.all = true,
+            LeaseEvent::Put(Lease { subnet, .. }) | LeaseEvent::Removed(subnet) => {
+                self.some.insert(*subnet);
+            }
+            LeaseEvent::RemovedTogether(subnets) => self.some.extend(subnets),
+            LeaseEvent::Unreadable(key) => self.some.extend(key.subnet),
+            LeaseEvent::Resumed => {}
+        }
+        if self.some.len() > Self::MOST {
+            *self = Self { all: true, some: BTreeSet::new() };
+        }
+    }
+
+    fn of(&self, subnet: Subnet) -> bool {
+        self.all || self.some.contains(&subnet)
+    }
+}
 
 impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Compares what the store says of our own lease with what we hold, as
@@ -112,6 +144,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Has the store say whether the lease that we remember is ours.
     pub(super) fn confirm(&mut self) {
         self.tenancy = Tenancy::Confirming;
+        self.heard = Heard::default();
         let subnet = self.own();
         let pending = format!("going by what this host remembers, with {subnet}, until etcd answers");
         self.parts.status.send_modify(|status| status.memory = Aspect::Pending(pending));
@@ -191,6 +224,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     /// Has our lease say what it should, whatever that is by the time it can be written.
     fn publish(&mut self, why: &str) {
         self.tenancy = Tenancy::Publishing;
+        self.heard = Heard::default();
         let pending = format!("{why}; it is being put right");
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
@@ -230,6 +264,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let pending = format!("the lease on {subnet} is lost, another one is being taken");
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         self.tenancy = Tenancy::Moving;
+        self.heard = Heard::default();
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
         let (wanted, status) = (self.wanted.subscribe(), self.parts.status.clone());
         self.spawn(async move {
@@ -249,10 +284,13 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.news();
         self.parts.status.send_modify(|status| status.memory = Aspect::Good);
         self.keeper = LeaseKeeper::new(self.parts.options.renew_margin, held.expiry, now());
-        // Whoever had it before and is held has lost it. And the store's own word of it may still be under way.
+        // Whoever had it before and is held has lost it.
         self.guard.release(held.lease.subnet);
         self.tell_held(0);
-        self.view.apply(LeaseEvent::Put(held.lease.clone()));
+        // The store's own word of it may still be under way; if it has come, it may be of something later.
+        if !self.heard.of(held.lease.subnet) {
+            self.view.apply(LeaseEvent::Put(held.lease.clone()));
+        }
         let moved = self.parts.held.lease.attrs != held.lease.attrs;
         let former_attrs = std::mem::replace(&mut self.parts.held, held).lease.attrs;
         if moved {
