@@ -1169,6 +1169,36 @@ async fn what_is_remembered_is_gone_by_until_the_store_answers() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_the_kernel_has_heard_since_the_last_note_stays() {
+    // Peer 3 has moved and peer 4 has come after the last note, peer 2's route was lost meanwhile.
+    let host = Host::in_sync().await;
+    host.store.put(peer(3, 3, 9));
+    host.store.put(peer(4, 4, 4));
+    host.until_holding("route 10.5.4.0/24").await;
+    host.stop.cancel();
+    host.agent.await.unwrap();
+    let kept = host.network.printed();
+    host.network.kernel().state.routes.remove(&RouteKey::to("10.5.2.0/24".parse().unwrap()));
+    let store = MemoryStore::default();
+    store.inner().away = true;
+    let recalled = Some(vec![peer(2, 2, 2), peer(3, 3, 3)]);
+
+    let network = host.network.clone();
+    let mut again =
+        Host::start_with(store, network, FakeFirewall::default(), peer(1, 1, 1), MINUTE, recalled);
+    again.until_holding("route 10.5.2.0/24").await;
+    tokio::time::sleep(10 * MINUTE).await;
+    assert_eq!(again.network.printed(), kept);
+
+    // And then the truth wins.
+    again.store.inner().away = false;
+    again.store.put(peer(5, 5, 5));
+    again.store.relist();
+    again.ready().await;
+    assert!(again.holds("route 10.5.5.0/24") && !again.holds("route 10.5.4.0/24"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_remembered_subnet_that_went_to_somebody_else_is_left() {
     let store = MemoryStore::holding([peer(1, 7, 7)]);
     let mut host = booted(&store);

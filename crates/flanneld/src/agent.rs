@@ -366,6 +366,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 self.said.only_unreadable(&snapshot.unreadable);
                 snapshot.unreadable.iter().for_each(|key| self.said.unreadable(key));
                 self.listed = true;
+                self.parts.reconciler.trust_kernel(false);
             }
             LeaseEvent::Unreadable(key) => self.said.unreadable(key),
             LeaseEvent::Put(Lease { subnet, .. }) | LeaseEvent::Removed(subnet) => {

@@ -87,6 +87,8 @@ pub struct Reconciler<N> {
     desired: Option<HostState>,
     /// Whether the kernel holds just that, but for what is `off`.
     known: bool,
+    /// Whether what the kernel holds of peers is not to be touched.
+    trusting: bool,
     off: Off,
     tug: Tug,
     /// Since when only an address that stands alone is left.
@@ -124,6 +126,7 @@ impl<N: Network> Reconciler<N> {
             selection,
             desired: None,
             known: false,
+            trusting: false,
             off: Off::default(),
             tug: Tug::default(),
             alone_since: None,
@@ -173,6 +176,12 @@ impl<N: Network> Reconciler<N> {
         self.set_node(node);
     }
 
+    /// From now on leaves what the kernel holds of peers as it is, and only adds to it;
+    /// or no longer does. What a host remembers may be older than what its kernel holds.
+    pub fn trust_kernel(&mut self, trusting: bool) {
+        self.trusting = trusting;
+    }
+
     fn set_node(&mut self, node: Node) {
         self.planner.set_node(node);
         self.desired = None;
@@ -203,7 +212,7 @@ impl<N: Network> Reconciler<N> {
         let Observed { state, facts } = observed;
 
         let mut planned = None;
-        let desired = match self.desired.take().filter(|_| !replan) {
+        let mut desired = match self.desired.take().filter(|_| !replan) {
             Some(desired) => desired,
             None => {
                 let plan = self.planner.plan(view);
@@ -211,6 +220,13 @@ impl<N: Network> Reconciler<N> {
                 plan.desired
             }
         };
+        if self.trusting {
+            let HostState { neighbours, fdb, nexthops, routes, .. } = state.clone();
+            desired.neighbours.extend(neighbours);
+            desired.fdb.extend(fdb);
+            desired.nexthops.extend(nexthops);
+            desired.routes.extend(routes);
+        }
         let strays = strays(self.planner.node(), &facts.routes, &desired);
         self.off = Off::default();
         let brought = self.bring(&desired, &state).await;

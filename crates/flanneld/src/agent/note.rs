@@ -48,6 +48,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let leases = peers.into_iter().chain([self.parts.held.lease.clone()]).collect();
         self.view.apply(LeaseEvent::Snapshot(Snapshot { leases, unreadable: vec![] }));
         self.listed = true;
+        // Of a restart the kernel has seen more than the last note.
+        self.parts.reconciler.trust_kernel(true);
         self.confirm();
         self.needs(Need::Plan);
         self.settle().await;
