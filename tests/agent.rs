@@ -291,6 +291,18 @@ async fn a_kernel_that_cannot_be_read_is_not_taken_for_an_empty_one() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_snapshot_told_while_the_kernel_could_not_be_read_is_not_forgotten() {
+    let host = Host::in_sync().await;
+    host.network.kernel().broken.push_back("no buffer space".into());
+    host.store.inner().leases.insert(subnet(4), peer(4, 4, 4));
+
+    host.store.relist();
+
+    let held = host.until_holding("route 10.5.4.0/24");
+    tokio::time::timeout(10 * MINUTE, held).await.expect("it was forgotten");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_lease_is_renewed_every_hour_and_a_minute_after_a_failure() {
     let host = Host::in_sync().await;
 

@@ -199,14 +199,14 @@ impl<N: Network> Reconciler<N> {
     /// The kernel could not be read, or broke off; the next pass must be a full one.
     pub async fn full(&mut self, view: &LeaseView, replan: bool) -> Result<Outcome, HostError> {
         self.known = false;
-        let mut observed = self.observe().await?;
+        let mut observed = self.observe(replan).await?;
         // Before anything is wanted otherwise: what differs now is somebody else's doing.
         self.tug_at(&observed.state);
         let mut lost = self.follow(&observed.facts);
         if self.claim.underlay != Some(self.underlay().link) {
             // Only now does the kernel tell of what happens to the other interface.
             self.claim.underlay = Some(self.underlay().link);
-            observed = self.observe().await?;
+            observed = self.observe(replan).await?;
             lost = self.follow(&observed.facts);
         }
         let Observed { state, facts } = observed;
@@ -242,9 +242,14 @@ impl<N: Network> Reconciler<N> {
         Ok(Outcome { report, first, planned, seen, after: None })
     }
 
-    async fn observe(&mut self) -> Result<Observed, HostError> {
+    /// Reads the kernel, for a pass that is to plan anew or not; if it cannot, that is left to the next one.
+    async fn observe(&mut self, replan: bool) -> Result<Observed, HostError> {
         let can_reach: Option<IpAddr> = self.selection.can_reach;
-        self.network.observe(&self.claim, can_reach).await
+        let observed = self.network.observe(&self.claim, can_reach).await;
+        if replan && observed.is_err() {
+            self.desired = None;
+        }
+        observed
     }
 
     /// Stands where the interface between the hosts now is; why not, if that cannot be.
