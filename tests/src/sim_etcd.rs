@@ -211,6 +211,12 @@ impl SimEtcd {
         self.inner.earlier.notify_one();
     }
 
+    /// Whether nothing is wrong with it.
+    pub fn is_well(&self) -> bool {
+        let state = self.state();
+        !state.down && !state.world.no_space
+    }
+
     // What fails.
 
     /// The members are down, or up again; meanwhile no etcd lease runs out.
@@ -286,6 +292,11 @@ impl SimClient {
     /// How its line behaves from now on.
     pub fn weather(&self, weather: Weather) {
         self.with_line(|line| line.weather = weather);
+    }
+
+    /// Whether nothing is wrong with its line.
+    pub fn is_fair(&self) -> bool {
+        self.with_line(|line| line.is_fair())
     }
 
     /// What becomes of its next requests.

@@ -71,6 +71,11 @@ impl Line {
         }
     }
 
+    pub(super) fn is_fair(&self) -> bool {
+        let quiet = self.weather.trouble == 0 && self.weather.breaks == 0 && self.fates.is_empty();
+        quiet && self.lag.is_zero() && !self.cut && !self.still && !self.denied
+    }
+
     pub(super) fn fate(&mut self) -> Fate {
         if let Some(fate) = self.fates.pop_front() {
             return fate;
