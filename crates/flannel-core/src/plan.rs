@@ -18,12 +18,14 @@
 //!
 //! The answer depends on the two and on nobody else. One that is skipped claims
 //! no less for it, or a third could turn all answers around. But one that the
-//! backend cannot plan claims nothing at all.
+//! backend cannot plan claims nothing at all; that is how everything of our own
+//! is out of dispute, for a peer that claims it is not planned.
 //!
 //! Two leases with the same MAC *and* the same public address do not dispute
 //! them: that is one host with two subnets. It has moved to another while the
 //! lease that it left is still there, for up to a day; both lead to it, and it
-//! knows best which one it lives on.
+//! knows best which one it lives on. Without a tunnel there is no MAC, and the
+//! address alone says which host it is.
 //!
 //! And with many peers their routes lead through nexthop objects, see [`RouteMode`].
 //!
