@@ -6,6 +6,7 @@
 //! refusal with what there was to choose from, both for the log.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 
-use crate::claim::within;
+use crate::claim::{Claim, overlap, within};
 use crate::lease::LeaseAttrs;
 use crate::state::LinkName;
 
@@ -230,6 +231,65 @@ pub fn follow(facts: &Facts, selection: &Selection, current: &Underlay) -> Resul
 pub fn is_alone(facts: &Facts, address: Ipv4Addr) -> bool {
     let all = facts.interfaces.iter().flat_map(|interface| &interface.addresses);
     all.filter(|own| own.network.ip() == IpAddr::V4(address)).all(|own| own.network.prefix() == 32)
+}
+
+/// Where the cluster's `networks` and this host's own stand on the same ground,
+/// one phrase each: such addresses mean one thing here and another in the cluster.
+///
+/// What is ours is no collision: the devices of `claim`, and what lies in
+/// `subnets`, ours now or in an earlier run, where docker's bridge has its
+/// address. Nor is a route into the networks by way of some host, which an
+/// earlier flanneld may have left.
+pub fn collisions(
+    facts: &Facts,
+    underlay: &Underlay,
+    networks: &[IpNetwork],
+    claim: &Claim,
+    subnets: &[IpNetwork],
+) -> Vec<String> {
+    const MOST: usize = 10;
+    let is_own = |network: IpNetwork| subnets.iter().any(|subnet| within(*subnet, network));
+    let mut phrases = Vec::new();
+    let mut told = BTreeSet::new();
+    for interface in facts.interfaces.iter().filter(|interface| !claim.owns_link(interface.name)) {
+        for own in interface.addresses.iter().filter_map(|own| masked(own.network)) {
+            let Some(network) = networks.iter().find(|network| overlap(**network, own)) else { continue };
+            if is_own(own) || !told.insert((interface.name, own)) {
+                continue;
+            }
+            let what = format!("{own}, where {} has an address, {}", interface.name, lies(own, *network));
+            phrases.push(if interface.name == underlay.link {
+                format!("{what}: peers with a public address there, or a subnet, are left out")
+            } else {
+                what
+            });
+        }
+    }
+    for route in &facts.routes {
+        let Some(link) = route.link.filter(|link| !claim.owns_link(*link)) else { continue };
+        let destination = route.destination;
+        let Some(network) = networks.iter().find(|network| overlap(**network, destination)) else { continue };
+        let by_some_host = route.gateway.is_some() && within(*network, destination);
+        let is_default = destination.prefix() == 0;
+        if is_default || by_some_host || is_own(destination) || !told.insert((link, destination)) {
+            continue;
+        }
+        phrases.push(format!(
+            "{destination}, to which a route leads by {link}, {}",
+            lies(destination, *network)
+        ));
+    }
+    let more = phrases.len().saturating_sub(MOST);
+    if more > 0 {
+        phrases.truncate(MOST);
+        phrases.push(format!("{more} more interfaces or routes overlap the network"));
+    }
+    phrases
+}
+
+/// How a prefix of this host stands to a network that it overlaps.
+fn lies(own: IpNetwork, network: IpNetwork) -> String {
+    if within(network, own) { format!("lies in {network}") } else { format!("contains {network}") }
 }
 
 /// One way to look an interface up.
@@ -649,6 +709,54 @@ mod tests {
 
         assert_eq!(now.address, current.address);
         assert!(now.networks.contains(&"10.9.0.0/16".parse().unwrap()), "{:?}", now.networks);
+    }
+
+    fn colliding(facts: &Facts, network: &str, subnet: &str) -> Vec<String> {
+        let underlay = choose(facts, &Selection::default()).unwrap().underlay;
+        let claim = Claim { links: vec![name("flannel.1")], ..Claim::default() };
+        collisions(facts, &underlay, &[network.parse().unwrap()], &claim, &[subnet.parse().unwrap()])
+    }
+
+    #[test]
+    fn a_network_on_the_host_s_own_ground_is_told_with_interface_and_prefix() {
+        let mut facts = facts();
+        facts.routes.push(route("10.0.0.0/8", Some("10.0.2.2"), "eth0"));
+        facts.routes.push(route("10.8.0.0/16", None, "tun0"));
+
+        assert_eq!(
+            colliding(&facts, "10.0.0.0/12", "10.5.1.0/24"),
+            [
+                "10.0.2.0/24, where eth0 has an address, lies in 10.0.0.0/12: peers with a public address there, or a \
+                 subnet, are left out",
+                "10.0.0.0/8, to which a route leads by eth0, contains 10.0.0.0/12",
+                "10.8.0.0/16, to which a route leads by tun0, lies in 10.0.0.0/12",
+            ]
+        );
+        assert_eq!(
+            colliding(&facts, "192.168.56.128/25", "192.168.56.160/27"),
+            ["192.168.56.0/24, where eth1 has an address, contains 192.168.56.128/25"]
+        );
+    }
+
+    #[test]
+    fn what_is_ours_or_was_left_by_an_earlier_run_is_no_collision() {
+        let mut facts = facts();
+        facts.interfaces.push(interface("docker0", &["10.5.1.1/24"]));
+        facts.interfaces.push(interface("flannel.1", &["10.5.1.0/32"]));
+        facts.routes.push(route("10.5.1.0/24", None, "docker0"));
+        facts.routes.push(route("10.5.2.0/24", Some("10.0.2.16"), "eth0"));
+
+        assert_eq!(colliding(&facts, "10.5.0.0/16", "10.5.1.0/24"), [""; 0]);
+    }
+
+    #[test]
+    fn of_many_collisions_the_first_are_told() {
+        let mut facts = facts();
+        facts.routes.extend((0..200).map(|third| route(&format!("10.5.{third}.0/24"), None, "tun0")));
+
+        let told = colliding(&facts, "10.5.0.0/16", "10.5.250.0/24");
+
+        assert_eq!((told.len(), &*told[10]), (11, "190 more interfaces or routes overlap the network"));
     }
 
     #[test]

@@ -341,6 +341,7 @@ async fn survey<N: Network>(
     if backend.mtu_cut(&underlay) {
         warn!(mtu = underlay.mtu, link = %underlay.link, "Backend.MTU is above that of the interface and is cut to it");
     }
+    warn_of_collisions(config, &facts, &underlay, &claim, former);
     Ok(Ground { underlay, claim, gone, state })
 }
 
@@ -390,6 +391,22 @@ fn warn_of_another_agent(claim: &Claim, facts: &Facts) {
                  one of them another"
             );
         }
+    }
+}
+
+/// A network on ground of this host's own makes part of either unreachable.
+fn warn_of_collisions(
+    config: &NetworkConfig,
+    facts: &Facts,
+    underlay: &Underlay,
+    claim: &Claim,
+    former: &FormerEnv,
+) {
+    let networks: Vec<IpNetwork> = config.networks().collect();
+    // There docker's bridge has its address.
+    let subnets: Vec<IpNetwork> = former.subnet.iter().flat_map(|subnet| subnet.networks()).collect();
+    for collision in underlay::collisions(facts, underlay, &networks, claim, &subnets) {
+        warn!(collision, "the network of the cluster is not free on this host");
     }
 }
 
