@@ -440,14 +440,18 @@ fn no_spurious_removal(read: &Read, broken: &mut Vec<String>) {
 fn same_file(read: &Read, broken: &mut Vec<String>) {
     for (&number, host) in &read.hosts {
         let moves = |mark: &Mark| matches!(mark, Mark::Moves { host } if *host == number);
-        let files: Vec<&String> = host
-            .samples
-            .iter()
-            .filter_map(|sample| sample.file.as_ref())
-            .filter(|file| !file.is_empty())
-            .collect();
-        if files.windows(2).any(|pair| pair[0] != pair[1]) && !read.marks.iter().any(moves) {
-            broken.push(format!("I5: subnet.env of host {number} was another one for a while: {files:?}"));
+        if read.marks.iter().any(moves) {
+            continue;
+        }
+        let files = host.samples.iter().filter_map(|sample| Some((sample.t, sample.file.as_ref()?)));
+        let mut files = files.filter(|(_, file)| !file.is_empty());
+        let Some((_, first)) = files.next() else { continue };
+        for (t, other) in files.filter(|(_, other)| *other != first) {
+            let words = [first, other].map(|file| file.replace('\n', " "));
+            broken.push(format!(
+                "I5: subnet.env of host {number} went from {} to {} at {t:.0}",
+                words[0], words[1]
+            ));
         }
     }
 }

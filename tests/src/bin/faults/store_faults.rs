@@ -134,7 +134,8 @@ pub(crate) fn poison(records: Records, form: Form) -> Shown {
         poisons.push(Poison::new(&format!("{}.{part}", world.agents[0].subnet), other));
     }
     let mut random = rand::rng();
-    for number in 0..form.of(20, 2000) {
+    // Of a thousand keys the agent remembers that it has named them.
+    for number in 0..form.of(20, 900) {
         let bytes: Vec<u8> = (0..random.random_range(0..200)).map(|_| random.random()).collect();
         let name: String = (0..8)
             .map(|_| char::from(random.random_range(b'!'..b'~')))
