@@ -87,16 +87,20 @@ async fn a_copy_of_our_disk_that_has_our_former_subnet_keeps_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_second_lease_is_given_back_if_its_record_says_that_it_is_ours() {
+async fn a_lease_that_is_taken_for_ours_is_given_back_if_it_is_ours_or_nobody_s() {
     let etcd = SimEtcd::start();
     let client = etcd.client(1);
-    // As a write that came too late leaves it, and another of the time before we booted.
+    // As a write that came too late leaves it, one of the time before we booted, and one of
+    // a host that is no more and had our address.
     let late = store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
     let before = store_of(&client, machine("a", "boot-0"));
     before.acquire(&config(), &host(2), Some(subnet(8))).await.unwrap();
+    let other = store_of(&client, machine("b", "boot-1"));
+    other.acquire(&config(), &host(4), Some(subnet(6))).await.unwrap();
     let held = store(&client).acquire(&config(), &host(3), Some(subnet(9))).await.unwrap();
+    let held = store(&client).publish(&held, &host(4)).await.unwrap();
 
-    for stray in [7, 8, 9, 10] {
+    for stray in [6, 7, 8, 9, 10] {
         store(&client).give_back(&held, subnet(stray)).await.unwrap();
     }
 
@@ -108,15 +112,16 @@ async fn a_second_lease_is_given_back_if_its_record_says_that_it_is_ours() {
 async fn a_lease_that_is_not_certainly_ours_is_not_given_back() {
     let etcd = SimEtcd::start();
     let (client, other) = (etcd.client(1), etcd.client(2));
-    // Another host's with our address, a Go flanneld's, and that of a copy of our disk that lives.
+    // A twin's that lives, a Go flanneld's, and that of a copy of our disk that lives.
     let twin = store_of(&other, machine("b", "boot-1"));
-    twin.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let theirs = twin.acquire(&config(), &host(3), Some(subnet(7))).await.unwrap();
+    let _twin = tokio::spawn(twin.hold(&theirs));
     etcd.put_leased(&key(8), host(3).to_json().as_bytes(), 8, 86_400);
     let copy = store_of(&other, machine("a", "boot-2"));
     let theirs = copy.acquire(&config(), &host(2), Some(subnet(9))).await.unwrap();
     let _answering = tokio::spawn(copy.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(3), Some(subnet(10))).await;
-    let held = held.unwrap_or_else(|error| panic!("{error}"));
+    let mut held = store(&client).acquire(&config(), &host(4), Some(subnet(10))).await.unwrap();
+    held.lease.attrs = host(3);
     let before = keys(&etcd);
 
     for stray in [7, 8, 9] {
@@ -125,6 +130,137 @@ async fn a_lease_that_is_not_certainly_ours_is_not_given_back() {
 
     assert_eq!(keys(&etcd), before);
     assert_eq!(held.lease.tenure, Tenure::Leased);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_moves_to_the_address_of_one_that_lives_does_not_publish_it() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    let refused = store(&client).publish(&held, &host(2)).await;
+
+    assert!(matches!(&refused, Err(StoreError::Twin { subnet: theirs, .. }) if *theirs == subnet(7)));
+    let leases = store(&client).list().await.unwrap().leases;
+    assert!(leases.contains(&held.lease) && leases.contains(&theirs.lease), "{leases:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_waits_for_another_address_keeps_its_lease_alive() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    for _ in 0..3 {
+        sleep(Duration::from_secs(50_000)).await;
+        neighbour.renew(&theirs).await.unwrap();
+        store(&client).publish(&held, &host(2)).await.unwrap_err();
+    }
+
+    let leases = store(&client).list().await.unwrap().leases;
+    assert!(leases.contains(&held.lease), "{leases:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_moves_to_the_address_of_one_that_is_no_more_has_it_alone() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let gone = store_of(&client, machine("b", "boot-1"));
+    gone.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    let held = store(&client).publish(&held, &host(2)).await.unwrap();
+
+    assert_eq!(store(&client).list().await.unwrap().leases, [held.lease]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_former_subnet_with_our_record_goes_before_one_with_our_address() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let other = store_of(&client, machine("b", "boot-1"));
+    other.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let former = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    let held = store(&client).acquire(&config(), &host(2), Some(subnet(8))).await.unwrap();
+
+    assert_eq!((held.lease.subnet, held.handle), (subnet(8), former.handle));
+    assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_former_subnet_without_a_record_is_ours_by_the_address_of_our_device() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let mut here = host(1);
+    let former = store(&client).acquire(&config(), &here, Some(subnet(8))).await.unwrap();
+    etcd.delete(&record_key(8));
+
+    here.public_ip = host(2).public_ip;
+    let held = store(&client).acquire(&config(), &here, Some(subnet(8))).await.unwrap();
+
+    assert_eq!((held.lease.subnet, held.handle), (subnet(8), former.handle));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_somebody_deletes_is_back_at_once() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let _answering = tokio::spawn(store.hold(&held));
+    sleep(Duration::from_secs(1)).await;
+
+    etcd.delete(&record_key(8));
+    sleep(Duration::from_secs(1)).await;
+
+    assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_written_without_an_answer_is_known_for_ours_though_its_record_is_gone() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    // The list, what stands there, the term, the renewal, and then the transaction, whose answer is lost.
+    let lost = Fate::AnswerLost(Duration::ZERO);
+    client.fates([PROMPT, PROMPT, PROMPT, PROMPT, lost]);
+    let unanswered = store.publish(&held, &host(2)).await;
+    assert!(matches!(unanswered, Err(StoreError::Unreachable { .. })), "{unanswered:?}");
+    assert_eq!(store.list().await.unwrap().leases[0].attrs, host(2));
+    etcd.delete(&record_key(8));
+
+    let held = store.publish(&held, &host(3)).await.unwrap();
+
+    assert_eq!(store.list().await.unwrap().leases, [held.lease]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_user_who_may_do_nothing_for_a_while_does_not_do_without_records_later() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let holding = tokio::spawn(store.hold(&held));
+    sleep(Duration::from_secs(1)).await;
+
+    client.denied(true);
+    etcd.break_streams();
+    sleep(Duration::from_secs(100)).await;
+    store.renew(&held).await.unwrap_err();
+    let other = store_of(&etcd.client(2), machine("b", "boot-1"));
+    other.acquire(&config(), &host(1), None).await.unwrap();
+    client.denied(false);
+
+    let lost = timeout(Duration::from_secs(10), holding).await.expect("it is noticed").unwrap();
+    assert!(matches!(&lost, StoreError::Lost { subnet: ours, .. } if *ours == subnet(8)), "{lost}");
 }
 
 #[tokio::test(start_paused = true)]

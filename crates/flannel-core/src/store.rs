@@ -180,9 +180,9 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// alive, and resolves once it belongs to another host.
     fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<Self>;
 
-    /// Gives back a lease that is ours beside `held`: a write that came too late, and
-    /// a store that was restored, leave us some, and peers take them for us. What is
-    /// not certainly ours stays.
+    /// Gives back a lease beside `held` that peers take for ours: a write that came too
+    /// late leaves one, a store that was restored, and a host that is no more and had
+    /// our address. What is not certainly ours, or has somebody, stays.
     fn give_back(
         &self,
         held: &HeldLease,

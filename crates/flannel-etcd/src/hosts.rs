@@ -26,12 +26,12 @@
 //! touch `hosts/`.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use flannel_core::json::Object;
-use flannel_core::lease::{HostIdentity, LeaseAttrs, RawJson, Subnet};
+use flannel_core::lease::{HostIdentity, Lease, LeaseAttrs, RawJson, Subnet};
 use flannel_core::store::StoreError;
 use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
@@ -121,11 +121,14 @@ impl<K: Kv> Registry<K> {
         &self,
         build: impl Fn(Option<&HostIdentity>) -> Txn,
     ) -> Result<Answer, Failure> {
-        if let Some(host) = self.fenced() {
+        let Some(host) = self.fenced() else { return self.kv.txn(build(None)).await };
+        for _ in 0..2 {
             match self.kv.txn(build(Some(host))).await {
                 Err(failure) if failure.is(Refusal::PERMISSION_DENIED) => {}
                 answer => return answer,
             }
+            // A user who may not touch anything just now is told so here, and it is not about records.
+            self.kv.range(Range { from: self.layout.config().into(), ..Range::default() }).await?;
         }
         let answer = self.kv.txn(build(None)).await?;
         self.unfence();
@@ -174,10 +177,8 @@ impl<K: Kv> Registry<K> {
             then: vec![Op::Put(record.into(), value.into(), key.lease)],
             read: vec![],
         });
-        match written.await {
-            Err(failure) if failure.is(Refusal::PERMISSION_DENIED) => self.unfence(),
-            written => debug!(%subnet, ?written, "put our record back"),
-        }
+        let written = written.await;
+        debug!(%subnet, ?written, "put our record back");
     }
 
     /// Whether a record is of this host, before it booted or on a copy of its disk.
@@ -219,10 +220,14 @@ impl<K: Kv> Registry<K> {
         let Some(question) = now.asks.as_ref().filter(|_| now.is_held_as(standing)) else {
             return Ok(None);
         };
-        info!(%subnet, holder = them.words(), "asking the holder of our subnet whether it lives");
-        if timeout(ANSWER, self.stirred(&subnet, since)).await.is_err() {
-            info!(%subnet, holder = them.words(), "no answer: taking the subnet over");
+        let holder = them.words();
+        // Two hosts may stay at one address for days.
+        let last = self.asked.lock().unwrap_or_else(PoisonError::into_inner).replace(holder.clone());
+        if last.as_ref() != Some(&holder) {
+            info!(%subnet, holder, "asking whether the host lives that has our address, or our id");
         }
+        let answered = timeout(ANSWER, self.stirred(&subnet, since)).await.is_ok();
+        debug!(%subnet, holder, answered, "asked");
         Ok(Some(question.modified))
     }
 
@@ -249,17 +254,17 @@ impl<K: Kv> Registry<K> {
         StoreError::Twin { subnet, us, them: them.words() }
     }
 
-    /// Answers whoever asks for the holder of `subnet`, until that is somebody else.
-    pub(crate) async fn hold(self: Arc<Self>, subnet: Subnet) -> StoreError {
+    /// Answers whoever asks for the holder of a lease, until that is somebody else.
+    pub(crate) async fn hold(self: Arc<Self>, lease: Lease) -> StoreError {
+        let subnet = lease.subnet;
         let mut named = BTreeSet::new();
         let mut delays = delays();
         while self.fenced().is_some() {
             let began = Instant::now();
-            match self.hold_while_connected(subnet, &mut named).await {
+            match self.hold_while_connected(&lease, &mut named).await {
                 Ok(Some(holder)) => return StoreError::Lost { subnet, holder: Some(holder) },
                 Ok(None) if began.elapsed() > STEADY => delays = crate::call::delays(),
                 Ok(None) => {}
-                Err(failure) if failure.is(Refusal::PERMISSION_DENIED) => self.unfence(),
                 Err(failure) => debug!(?failure, %subnet, "nobody can ask us just now"),
             }
             sleep(delays.next().unwrap_or(ANSWER)).await;
@@ -270,14 +275,19 @@ impl<K: Kv> Registry<K> {
     /// The same until the connection breaks; who holds it then, if somebody else does.
     async fn hold_while_connected(
         &self,
-        subnet: Subnet,
+        lease: &Lease,
         named: &mut BTreeSet<String>,
     ) -> Result<Option<String>, Failure> {
+        let subnet = lease.subnet;
         let keys = self.layout.record_keys(&subnet);
         let mut standing = self.standing(&subnet).await?;
         let since = Range { revision: standing.moment.revision + 1, ..self.layout.around_record(&subnet) };
         let mut stream = None;
         loop {
+            if standing.record.is_none() {
+                // Without one whoever has our address is taken for us.
+                self.keep_record(&subnet, &lease.attrs, &standing).await;
+            }
             // Looked at before the watch is open, so that a question is answered that was asked meanwhile.
             if let Some(holder) = self.look(subnet, &standing, named).await? {
                 return Ok(Some(holder));

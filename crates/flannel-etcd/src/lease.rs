@@ -13,7 +13,7 @@
 //! Peers see an event when a key is written and none when its etcd lease is
 //! kept alive. So a key is written only if its bytes change.
 
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use flannel_core::allocation::{Choice, choose, fits, misfits};
@@ -21,7 +21,7 @@ use flannel_core::lease::{Expiry, HeldLease, Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{Snapshot, StoreError};
 use tokio::time::{Instant, sleep};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::codec::attributes;
 use crate::hosts::{Record, Recorded};
@@ -30,6 +30,9 @@ use crate::registry::{Registry, Standing, TERM, Written};
 
 /// How long races may be lost before something else must be wrong.
 const RACING: Duration = Duration::from_secs(60);
+
+/// Writes without an answer that are remembered; a host seldom has two.
+const UNANSWERED: usize = 8;
 
 /// An etcd lease that is granted when it is first needed, and only once.
 #[derive(Default)]
@@ -92,14 +95,20 @@ impl<K: Kv> Registry<K> {
         loop {
             let listing = self.list().await?;
             let snapshot = &listing.snapshot;
-            let previous = self.asked().or(previous);
+            let previous = self.asked_for().or(previous);
             let choice = choose(config, snapshot, attrs.public_ip, previous);
-            let former = match &choice {
-                Choice::Reuse(_) => None,
-                _ => self.adopt_former(grant, config, snapshot, attrs, previous).await?,
+            let by_address = match &choice {
+                Choice::Reuse(lease) => Some(lease.subnet),
+                _ => None,
+            };
+            let stands = |subnet: &Subnet| snapshot.leases.iter().any(|lease| lease.subnet == *subnet);
+            let former = previous.filter(|subnet| stands(subnet) && fits(config, *subnet));
+            let held = match former.filter(|former| by_address != Some(*former)) {
+                Some(former) => self.adopt_former(grant, snapshot, former, attrs, by_address).await?,
+                None => None,
             };
             let held = match choice {
-                _ if former.is_some() => former,
+                _ if held.is_some() => held,
                 Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
                 Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
                 Choice::PickFrom(free) => {
@@ -172,6 +181,14 @@ impl<K: Kv> Registry<K> {
         let Lease { subnet, attrs: former, .. } = &held.lease;
         let key = self.layout.lease(subnet);
         let lost = |holder| StoreError::Lost { subnet: *subnet, holder };
+        if !same_host(former, attrs) {
+            let listing = self.list().await?;
+            if let Err(twin) = self.make_way(&listing.snapshot, *subnet, attrs).await {
+                // However long the two stay at one address, the subnet is ours.
+                self.keep_alive(held.handle).await?;
+                return Err(twin);
+            }
+        }
         let race = Race::begin();
         loop {
             let standing = self.read_standing(subnet).await?;
@@ -182,12 +199,16 @@ impl<K: Kv> Registry<K> {
                         return Err(lost(Some(them.words())));
                     }
                     let theirs = readable(&key, found)?;
-                    // An earlier attempt may have been carried out though its answer was lost.
-                    let has_our_address = same_host(&theirs, former) || same_host(&theirs, attrs);
-                    if matches!(recorded, Recorded::Nobody) && !has_our_address {
+                    let is_ours = same_host(&theirs, former)
+                        || same_host(&theirs, attrs)
+                        || self.may_have_written(*subnet, &theirs);
+                    if matches!(recorded, Recorded::Nobody) && !is_ours {
                         return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
                     }
-                    self.adopt_found(grant, *subnet, attrs, &standing, None).await?
+                    self.will_write(*subnet, attrs);
+                    let published = self.adopt_found(grant, *subnet, attrs, &standing, None).await?;
+                    self.have_written();
+                    published
                 }
                 None => {
                     let asked = Instant::now();
@@ -213,19 +234,39 @@ impl<K: Kv> Registry<K> {
         attrs: &LeaseAttrs,
     ) -> Result<Option<HeldLease>, StoreError> {
         let (id, since) = grant.get(self, attrs).await?;
-        self.ask_for(Some(subnet));
+        self.will_write(subnet, attrs);
         let created = self.write(&subnet, attrs, id, &Standing::default(), None).await? == Written::Done;
-        self.ask_for(None);
+        self.have_written();
         grant.used |= created;
         Ok(created.then(|| leased(subnet, attrs, id, since)))
     }
 
-    fn asked(&self) -> Option<Subnet> {
-        *self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The subnet that may be ours yet, later than we would wait: so it is the one to ask for again.
+    fn asked_for(&self) -> Option<Subnet> {
+        self.unanswered().last().map(|(subnet, _)| *subnet)
     }
 
-    fn ask_for(&self, subnet: Option<Subnet>) {
-        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = subnet;
+    /// Whether this stands there because a write of ours was carried out whose answer was lost.
+    fn may_have_written(&self, subnet: Subnet, found: &LeaseAttrs) -> bool {
+        self.unanswered().iter().any(|(asked, attrs)| *asked == subnet && same_host(attrs, found))
+    }
+
+    fn will_write(&self, subnet: Subnet, attrs: &LeaseAttrs) {
+        let mut unanswered = self.unanswered();
+        if !unanswered.iter().any(|(asked, written)| *asked == subnet && written == attrs) {
+            let too_many = (unanswered.len() + 1).saturating_sub(UNANSWERED);
+            unanswered.drain(..too_many);
+            unanswered.push((subnet, attrs.clone()));
+        }
+    }
+
+    /// There was an answer: of two writes over one thing only one is carried out.
+    fn have_written(&self) {
+        self.unanswered().clear();
+    }
+
+    fn unanswered(&self) -> MutexGuard<'_, Vec<(Subnet, LeaseAttrs)>> {
+        self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Deletes a lease of ours that the config no longer allows.
@@ -244,29 +285,58 @@ impl<K: Kv> Registry<K> {
         Ok(())
     }
 
-    /// Deletes a lease beside the one we hold, if its record says that it is ours.
+    /// Deletes a lease beside the one we hold, if its record says that it is ours, or that of
+    /// another host with our address which does not answer.
     pub(crate) async fn give_back_stray(&self, held: &HeldLease, stray: Subnet) -> Result<(), StoreError> {
-        let attrs = &held.lease.attrs;
-        let standing = self.read_standing(&stray).await?;
-        let Some(found) = standing.key.as_ref().filter(|_| stray != held.lease.subnet) else { return Ok(()) };
-        let question = match self.recorded(&standing) {
-            Recorded::Us => None,
-            // Ours from before a boot, or that of a copy of our disk.
-            Recorded::Them(them) if self.is_our_id(&them) => {
-                match self.ask(stray, &standing, &them, attrs).await? {
-                    None => return Ok(()),
-                    question => question,
-                }
-            }
-            Recorded::Nobody | Recorded::Them(_) => return Ok(()),
-        };
-        if self.delete(&stray, &standing, question).await? {
-            info!(%stray, subnet = %held.lease.subnet, "gave back a second lease of ours");
-            if found.lease != held.handle {
-                self.revoke_if_bare(found.lease, attrs).await;
+        if stray == held.lease.subnet {
+            return Ok(());
+        }
+        if let Some(them) = self.clear(stray, &held.lease.attrs).await? {
+            let holder = them.words();
+            warn!(
+                %stray, holder, subnet = %held.lease.subnet,
+                "another host holds a lease with our public address: give one of the two another address"
+            );
+        }
+        Ok(())
+    }
+
+    /// Sees to it that no lease but that on `own` names our address, before ours does.
+    ///
+    /// # Errors
+    /// `Twin` if another host has it and lives.
+    async fn make_way(&self, snapshot: &Snapshot, own: Subnet, attrs: &LeaseAttrs) -> Result<(), StoreError> {
+        let has_our_address = |lease: &&Lease| lease.subnet != own && same_host(&lease.attrs, attrs);
+        for lease in snapshot.leases.iter().filter(has_our_address) {
+            if let Some(them) = self.clear(lease.subnet, attrs).await? {
+                return Err(self.twin(lease.subnet, &them, attrs));
             }
         }
         Ok(())
+    }
+
+    /// Deletes a lease if its record says that it is ours, or that of another host with our
+    /// address which does not answer; whoever has our address and does.
+    async fn clear(&self, stray: Subnet, attrs: &LeaseAttrs) -> Result<Option<Record>, StoreError> {
+        let standing = self.read_standing(&stray).await?;
+        let Some(found) = &standing.key else { return Ok(None) };
+        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+        let (question, them) = match self.recorded(&standing) {
+            Recorded::Us => (None, None),
+            Recorded::Them(them) if has_our_address || self.is_our_id(&them) => {
+                match self.ask(stray, &standing, &them, attrs).await? {
+                    None => return Ok(None),
+                    question => (question, Some(them)),
+                }
+            }
+            Recorded::Nobody | Recorded::Them(_) => return Ok(None),
+        };
+        if !self.delete(&stray, &standing, question).await? {
+            return Ok(them.filter(|_| has_our_address));
+        }
+        info!(%stray, "gave back a lease that was taken for ours");
+        self.revoke_if_bare(found.lease, attrs).await;
+        Ok(None)
     }
 
     /// Publishes on a subnet that is ours; `None` if it no longer is.
@@ -278,9 +348,12 @@ impl<K: Kv> Registry<K> {
     ) -> Result<Option<HeldLease>, StoreError> {
         let standing = self.read_standing(&subnet).await?;
         let Some(found) = &standing.key else { return Ok(None) };
-        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+        let theirs = attributes(&found.value);
+        let has_our_address = theirs.as_ref().is_ok_and(|theirs| same_host(theirs, attrs));
+        // That of the device which this host had under another address.
+        let has_our_vtep = theirs.is_ok_and(|theirs| same_vtep(&theirs, attrs));
         match self.recorded(&standing) {
-            Recorded::Nobody if !has_our_address => Ok(None),
+            Recorded::Nobody if !has_our_address && !has_our_vtep => Ok(None),
             Recorded::Nobody | Recorded::Us => self.adopt_found(grant, subnet, attrs, &standing, None).await,
             Recorded::Them(them) if has_our_address || self.is_our_id(&them) => {
                 match self.ask(subnet, &standing, &them, attrs).await? {
@@ -294,21 +367,29 @@ impl<K: Kv> Registry<K> {
         }
     }
 
-    /// The same for the subnet that we had before, if it stands under another address: only the
-    /// record tells then that it is ours still.
+    /// The same for the subnet that we had before and that stands under another address: only the
+    /// record tells that it is ours still. It tells more than the address does, by which the lease
+    /// on `by_address` would be ours.
     async fn adopt_former(
         &self,
         grant: &mut Grant,
-        config: &NetworkConfig,
         snapshot: &Snapshot,
+        former: Subnet,
         attrs: &LeaseAttrs,
-        previous: Option<Subnet>,
+        by_address: Option<Subnet>,
     ) -> Result<Option<HeldLease>, StoreError> {
-        let stands = |subnet: &Subnet| snapshot.leases.iter().any(|lease| lease.subnet == *subnet);
-        let Some(subnet) = previous.filter(|subnet| stands(subnet) && fits(config, *subnet)) else {
-            return Ok(None);
-        };
-        match self.adopt(grant, subnet, attrs).await {
+        if by_address.is_some() {
+            let is_ours = match self.recorded(&self.read_standing(&former).await?) {
+                Recorded::Us => true,
+                Recorded::Them(them) => self.is_our_id(&them),
+                Recorded::Nobody => false,
+            };
+            if !is_ours {
+                return Ok(None);
+            }
+            self.make_way(snapshot, former, attrs).await?;
+        }
+        match self.adopt(grant, former, attrs).await {
             // A copy of our disk that lives, at an address of its own: it keeps its subnet and we take another.
             Err(StoreError::Twin { .. }) => Ok(None),
             adopted => adopted,
@@ -394,6 +475,10 @@ pub(crate) fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
         (None, None) => one.public_ipv6.is_some() && one.public_ipv6 == other.public_ipv6,
         (one, other) => one == other,
     }
+}
+
+fn same_vtep(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
+    one.backend_data.is_some() && one.backend_data == other.backend_data
 }
 
 fn expiry(since: Instant) -> Expiry {

@@ -87,6 +87,7 @@ impl<K: Kv> EtcdStore<K> {
                 host,
                 unfenced: AtomicBool::new(false),
                 first: First::default(),
+                unanswered: Mutex::default(),
                 asked: Mutex::default(),
             }),
         }
@@ -132,7 +133,7 @@ impl<K: Kv> LeaseStore for EtcdStore<K> {
     }
 
     fn hold(&self, held: &HeldLease) -> impl Future<Output = StoreError> + Send + use<K> {
-        self.registry.clone().hold(held.lease.subnet)
+        self.registry.clone().hold(held.lease.clone())
     }
 
     async fn give_back(&self, held: &HeldLease, stray: Subnet) -> Result<(), StoreError> {

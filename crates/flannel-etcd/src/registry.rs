@@ -42,9 +42,11 @@ pub(crate) struct Registry<K> {
     pub(crate) unfenced: AtomicBool,
     /// What the first watch begins with.
     pub(crate) first: First,
-    /// The subnet that we have asked for and had no answer: it may be ours yet, later than we
-    /// would wait, so it is the one to ask for again.
-    pub(crate) asked: Mutex<Option<Subnet>>,
+    /// What we have sent to be written and had no answer to, the last one last: any of it may
+    /// stand there yet, later than we would wait.
+    pub(crate) unanswered: Mutex<Vec<(Subnet, LeaseAttrs)>>,
+    /// The holder that was asked last whether it lives, in the words of the log.
+    pub(crate) asked: Mutex<Option<String>>,
 }
 
 /// The listing that a lease was taken by, for the first watch to go on from:

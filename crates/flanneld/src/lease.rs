@@ -24,6 +24,32 @@ pub(crate) fn delays() -> impl Iterator<Item = Duration> + Send {
         .build()
 }
 
+/// Delays between attempts, after what went wrong.
+pub(crate) struct Pace {
+    delays: Box<dyn Iterator<Item = Duration> + Send>,
+    question: Duration,
+}
+
+impl Pace {
+    /// The longest wait before another host is asked again whether it lives at our address.
+    const LONGEST: Duration = Duration::from_secs(60);
+
+    pub(crate) fn new() -> Self {
+        Self { delays: Box::new(delays()), question: LOOK_AGAIN }
+    }
+
+    pub(crate) fn after(&mut self, error: &StoreError) -> Duration {
+        match error {
+            // Each attempt asks the other host, and the two may stay at one address for days.
+            StoreError::Twin { .. } => {
+                let next = (self.question * 2).min(Self::LONGEST);
+                std::mem::replace(&mut self.question, next)
+            }
+            _ => self.delays.next().unwrap_or(LOOK_AGAIN),
+        }
+    }
+}
+
 /// How often the network config is asked for while it is not there or not good, as in flannel.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -89,39 +115,41 @@ fn wait_for(status: &watch::Sender<Status>, what: &str, error: &StoreError, said
 }
 
 /// Takes a subnet for this host, waiting for as long as the store is away or
-/// the range is full. Says once what it waits for.
+/// the range is full. Says once what it waits for. The lease says what is
+/// `wanted` by the time it can be had: this host may move meanwhile.
 ///
 /// # Errors
 /// The range was full and is another one now.
 pub async fn acquire<S: LeaseStore>(
     store: &S,
     config: &NetworkConfig,
-    attrs: &LeaseAttrs,
+    mut wanted: watch::Receiver<LeaseAttrs>,
     previous: Option<Subnet>,
     status: &watch::Sender<Status>,
 ) -> Result<HeldLease, Reconfigured> {
-    let (mut said, mut waits) = (None, delays());
+    let (mut said, mut pace) = (None, Pace::new());
     loop {
-        let error = match store.acquire(config, attrs, previous).await {
+        let attrs = wanted.borrow_and_update().clone();
+        let error = match store.acquire(config, &attrs, previous).await {
             Ok(held) => return Ok(held),
             Err(error) => error,
         };
         wait_for(status, "a lease", &error, &mut said);
-        if let StoreError::Exhausted { leased, .. } = error {
-            // The watch is made for this wait alone, so it may be dropped with it.
-            tokio::select! {
-                biased;
-                () = freed(store, leased) => info!("a subnet was freed"),
-                () = reconfigured(store, config) => {
-                    info!("the network config was changed");
-                    return Err(Reconfigured);
-                }
+        let full = match &error {
+            StoreError::Exhausted { leased, .. } => Some(*leased),
+            _ => None,
+        };
+        let pause = pace.after(&error);
+        // The watch is made for this wait alone, so it may be dropped with it.
+        tokio::select! {
+            biased;
+            Ok(()) = wanted.changed() => {}
+            () = freed(store, full.unwrap_or_default()), if full.is_some() => info!("a subnet was freed"),
+            () = reconfigured(store, config), if full.is_some() => {
+                info!("the network config was changed");
+                return Err(Reconfigured);
             }
-        } else if let StoreError::Twin { .. } = error {
-            // Each attempt asks the other host.
-            tokio::time::sleep(LOOK_AGAIN).await;
-        } else {
-            tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(5))).await;
+            () = tokio::time::sleep(pause), if full.is_none() => {}
         }
     }
 }

@@ -235,10 +235,43 @@ async fn take_place<S: LeaseStore, N: Network>(
     (config, backend): (NetworkConfig, Box<dyn Backend>),
     status: &watch::Sender<Status>,
 ) -> Result<Option<Place>, StartError> {
-    let ground = survey(network, settings, former, &config, &*backend).await?;
-    let attrs = backend.attributes(&ground.underlay, &ground.state, random_mac());
-    let held = acquire(store, &config, &attrs, former.subnet, status).await;
+    let mut ground = survey(network, settings, former, &config, &*backend).await?;
+    let mac = random_mac();
+    let wanted = watch::Sender::new(backend.attributes(&ground.underlay, &ground.state, mac));
+    let mut acquiring = Box::pin(acquire(store, &config, wanted.subscribe(), former.subnet, status));
+    let held = loop {
+        tokio::select! {
+            biased;
+            // If the host has moved since, the agent sees it as at any other time.
+            held = &mut acquiring => break held,
+            _ = network.changed() => {}
+        }
+        // What is waited for may be just that: another address for this host.
+        if let Some(moved) = look_again(network, settings, &ground, &*backend).await {
+            store.host_moved();
+            wanted.send_replace(backend.attributes(&moved, &ground.state, mac));
+            ground.underlay = moved;
+        }
+    };
+    drop(acquiring);
     Ok(held.ok().map(|held| ground.place(config, backend, held)))
+}
+
+/// Where this host stands now, if that is elsewhere. No interface at all is no
+/// reason to end here: it may be back before there is a lease.
+async fn look_again<N: Network>(
+    network: &mut N,
+    settings: &Settings,
+    ground: &Ground,
+    backend: &dyn Backend,
+) -> Option<Underlay> {
+    let observed = network.observe(&ground.claim, settings.selection.can_reach).await;
+    let chosen = underlay::choose(&observed.ok()?.facts, &settings.selection).ok()?.underlay;
+    if chosen == ground.underlay || backend.check(&chosen).is_err() {
+        return None;
+    }
+    info!(link = %chosen.link, address = %chosen.address, "this host is at another address now");
+    Some(chosen)
 }
 
 /// What we remember, as far as it can be gone by.

@@ -23,7 +23,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{Agent, ECHOES, Input, LONGEST_WAIT, Need, REWRITES, Tenancy, now, ruleset};
 use crate::health::Aspect;
-use crate::lease::{Reconfigured, acquire, delays, network_config};
+use crate::lease::{Pace, Reconfigured, acquire, network_config};
 
 /// Leases of which the store has told.
 #[derive(Debug, Default)]
@@ -155,8 +155,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             if config.text != remembered {
                 return Input::Reconfigured;
             }
-            let attrs = wanted.borrow().clone();
-            match acquire(&*store, &config, &attrs, Some(subnet), &status).await {
+            match acquire(&*store, &config, wanted, Some(subnet), &status).await {
                 Ok(held) => Input::Acquired(held),
                 Err(Reconfigured) => Input::Reconfigured,
             }
@@ -228,19 +227,25 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let pending = format!("{why}; it is being put right");
         self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
         let (store, held) = (self.parts.store.clone(), self.parts.held.clone());
-        let wanted = self.wanted.subscribe();
+        let (mut wanted, status, why) = (self.wanted.subscribe(), self.parts.status.clone(), why.to_owned());
         self.spawn(async move {
-            let (mut said, mut waits) = (None, delays());
+            let (mut said, mut pace) = (None, Pace::new());
             loop {
-                let attrs = wanted.borrow().clone();
+                let attrs = wanted.borrow_and_update().clone();
                 match store.publish(&held, &attrs).await {
                     Ok(held) => return Input::Published(Ok(held)),
                     Err(error @ StoreError::Lost { .. }) => return Input::Published(Err(error)),
                     Err(error) => {
                         if said.replace(error.trouble()) != Some(error.trouble()) {
                             warn!(error = %chain(&error), "the lease cannot be put right yet; trying again");
+                            let pending = format!("{why}, and it cannot be put right yet: {}", chain(&error));
+                            status.send_modify(|status| status.lease = Aspect::Pending(pending));
                         }
-                        tokio::time::sleep(waits.next().unwrap_or(LONGEST_WAIT)).await;
+                        tokio::select! {
+                            biased;
+                            Ok(()) = wanted.changed() => {}
+                            () = tokio::time::sleep(pace.after(&error)) => {}
+                        }
                     }
                 }
             }
@@ -269,9 +274,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let (wanted, status) = (self.wanted.subscribe(), self.parts.status.clone());
         self.spawn(async move {
             loop {
-                let attrs = wanted.borrow().clone();
                 // A config that is another one now needs a restart; until then we go by the one we have.
-                if let Ok(held) = acquire(&*store, &config, &attrs, None, &status).await {
+                if let Ok(held) = acquire(&*store, &config, wanted.clone(), None, &status).await {
                     return Input::Acquired(held);
                 }
             }
@@ -298,6 +302,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             self.former_attrs.push_back((former_attrs, Instant::now() + ECHOES));
             self.parts.reconciler.set_lease(self.parts.held.lease.clone());
             self.needs(Need::Plan);
+            let strays = self.view.peers(self.own()).filter(|lease| self.looks_like_ours(lease));
+            self.strays = strays.map(|lease| lease.subnet).collect();
         }
         self.parts.status.send_modify(|status| status.lease = Aspect::Good);
         self.stand_by();
