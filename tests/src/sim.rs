@@ -12,6 +12,7 @@
 //! own, and what the agents' own code leaves to chance follows the thread's
 //! generator, which is set by the seed too. So a seed that fails, fails again.
 
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -139,8 +140,17 @@ struct Cluster {
     foreign: Vec<String>,
     /// Whether the agents' users may write records.
     fenced: bool,
-    /// From when on which hosts had nothing to suffer.
+    /// What has been done to the hosts.
+    past: Past,
+}
+
+/// What has been done to the hosts, as far as it excuses what they do.
+#[derive(Default)]
+struct Past {
+    /// From when on which of them had nothing to suffer.
     wells: Vec<(Duration, Vec<bool>)>,
+    /// When one of them was given an address that another has.
+    twins: Vec<(Duration, Ipv4Addr)>,
 }
 
 impl Cluster {
@@ -177,8 +187,8 @@ impl Cluster {
             hosts.iter().for_each(|host| host.client.keep_out_of(RECORDS));
         }
         let later = nemesis::Later::default();
-        let (foreign, wells) = (vec![], vec![]);
-        Self { dice, etcd, hosts, config, tight, log, removals, later, foreign, fenced, wells }
+        let (foreign, past) = (vec![], Past::default());
+        Self { dice, etcd, hosts, config, tight, log, removals, later, foreign, fenced, past }
     }
 
     async fn live(&mut self) -> Result<(), String> {
@@ -212,12 +222,12 @@ impl Cluster {
                 return Err(format!("the agent of client {place} has ended: {words}"));
             }
         }
-        checks::converged(&self.etcd, &self.config, &self.hosts, self.fenced)
+        checks::converged(&self.etcd, &self.config, &self.hosts)
     }
 
     fn check(&self) -> Result<(), String> {
         let removals = self.removals.lock().expect("nobody panics holding this");
-        self.etcd.read_record(0, |record| checks::history(record, &self.hosts, &removals, &self.wells))
+        self.etcd.read_record(0, |record| checks::history(record, &self.hosts, &removals, &self.past))
     }
 }
 

@@ -532,10 +532,10 @@ impl Kv for SimClient {
                 world.reaches(from)?;
             }
             let revision = world.revision_at(at.saturating_sub(lag));
-            Ok((Moment { revision, ..world.moment }, world.replaced))
+            Ok((Moment { revision, ..world.moment }, world.replaced, world.compacted))
         };
-        let (moment, replaced) = self.call(opening).await?;
-        Ok(Opened { stream: SimStream::new(self.clone(), range, moment, replaced), moment })
+        let (moment, replaced, compacted) = self.call(opening).await?;
+        Ok(Opened { stream: SimStream::new(self.clone(), range, moment, replaced, compacted), moment })
     }
 
     fn start_over(&self) {

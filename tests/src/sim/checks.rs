@@ -1,11 +1,11 @@
 //! What must be so, judged from what has happened and not from what an agent believes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use flannel_core::backend::{self, Node};
-use flannel_core::key::parse_subnet_key;
+use flannel_core::key::{parse_subnet_key, subnet_key};
 use flannel_core::lease::{Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
 use flannel_core::plan::{Planner, RouteMode};
@@ -15,16 +15,11 @@ use flannel_core::view::LeaseView;
 use flannel_etcd::kv::Entry;
 
 use super::host::Host;
-use super::{PREFIX, Removal};
+use super::{PREFIX, Past, Removal};
 use crate::sim_etcd::{By, Record, SimEtcd, What};
 
 /// Whether every host runs, is ready, and holds what the leases in etcd ask for; what is not so, otherwise.
-pub(super) fn converged(
-    etcd: &SimEtcd,
-    config: &NetworkConfig,
-    hosts: &[Host],
-    fenced: bool,
-) -> Result<(), String> {
+pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) -> Result<(), String> {
     let leases: Vec<Lease> = etcd.keys(&format!("{PREFIX}/subnets/")).iter().filter_map(lease).collect();
     for (place, host) in hosts.iter().enumerate() {
         let wrong = |words: String| Err(format!("client {place}: {words}"));
@@ -35,9 +30,10 @@ pub(super) fn converged(
             return wrong(format!("not ready: {words}"));
         }
         let ours = |lease: &&Lease| {
-            // Without records nobody can tell whether a second lease with our address is ours.
-            let is_held = fenced || host.subnet() == Some(lease.subnet);
-            is_held && lease.attrs.public_ip == Some(host.address())
+            // Without its record nobody can tell whether a second lease with our address is ours.
+            let record = format!("{PREFIX}/hosts/{}", subnet_key(&lease.subnet));
+            let is_known = host.subnet() == Some(lease.subnet) || !etcd.keys(&record).is_empty();
+            is_known && lease.attrs.public_ip == Some(host.address())
         };
         let own: Vec<&Lease> = leases.iter().filter(ours).collect();
         let [own] = own.as_slice() else {
@@ -71,9 +67,9 @@ pub(super) fn history(
     record: &[Record],
     hosts: &[Host],
     removals: &[Removal],
-    wells: &[(Duration, Vec<bool>)],
+    past: &Past,
 ) -> Result<(), String> {
-    let mut walk = Walk { wells, ..Walk::default() };
+    let mut walk = Walk::of(past);
     for event in record {
         walk.take(event, hosts).map_err(|words| format!("{words}\n  at {event}"))?;
     }
@@ -107,20 +103,32 @@ impl Holding {
 /// How long after its troubles a host must be able to answer for its lease.
 const RECOVERED: Duration = Duration::from_secs(20);
 
-#[derive(Default)]
 struct Walk<'a> {
-    wells: &'a [(Duration, Vec<bool>)],
+    past: &'a Past,
     /// Who has what now.
     holdings: BTreeMap<Subnet, Holding>,
     /// When something was said of a subnet that may take its peer from a plan.
     blows: BTreeMap<Subnet, Vec<Duration>>,
+    /// The addresses that leases on it have named.
+    addresses: BTreeMap<Subnet, BTreeSet<Ipv4Addr>>,
     /// When a hand wrote something, which may set one peer against another.
     hands: Vec<Duration>,
     /// The subnet that a client has, until something happens to it that is not the client's doing.
     homes: BTreeMap<usize, Subnet>,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn of(past: &'a Past) -> Self {
+        Self {
+            past,
+            holdings: BTreeMap::new(),
+            blows: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            hands: vec![],
+            homes: BTreeMap::new(),
+        }
+    }
+
     fn take(&mut self, Record { at, by, what }: &Record, hosts: &[Host]) -> Result<(), String> {
         match what {
             What::Put(entry) => {
@@ -169,6 +177,7 @@ impl Walk<'_> {
     fn blow(&mut self, subnet: Subnet, holding: &Holding, at: Duration) {
         let rivals =
             self.holdings.iter().filter(|(_, other)| other.rivals(holding)).map(|(subnet, _)| *subnet);
+        self.addresses.entry(subnet).or_default().extend(holding.address());
         for subnet in rivals.chain([subnet]).collect::<Vec<_>>() {
             self.blows.entry(subnet).or_default().push(at);
         }
@@ -177,8 +186,8 @@ impl Walk<'_> {
     /// Whether a host had nothing to suffer for a while before.
     fn was_well(&self, place: usize, at: Duration) -> bool {
         let since = at.saturating_sub(RECOVERED);
-        let after = self.wells.partition_point(|(moment, _)| *moment <= since);
-        let times = self.wells.get(after.saturating_sub(1)..).unwrap_or_default();
+        let after = self.past.wells.partition_point(|(moment, _)| *moment <= since);
+        let times = self.past.wells.get(after.saturating_sub(1)..).unwrap_or_default();
         times.iter().take_while(|(moment, _)| *moment <= at).all(|(_, wells)| wells.get(place) == Some(&true))
     }
 
@@ -214,13 +223,17 @@ impl Walk<'_> {
         if is_ours { Ok(()) } else { Err(format!("{subnet} was held by {holding:?} and was deleted")) }
     }
 
-    /// I4: a peer's route goes only after something was said of its lease.
+    /// I4: a peer's route goes only after something was said of its lease, or another host
+    /// was given its address.
     fn check_removal(&self, Removal { at, host, route }: &Removal) -> Result<(), String> {
         let said = |subnet: &Subnet| subnet.networks().any(|network| network == route.destination);
         let blows = self.blows.iter().filter(|(subnet, _)| said(subnet)).flat_map(|(_, blows)| blows);
         // The first blow is that by which it came.
         let reasons = blows.skip(1).chain(&self.hands).filter(|blow| *blow <= at).count();
-        if reasons == 0 {
+        let of_lease = self.addresses.iter().filter(|(subnet, _)| said(subnet)).flat_map(|(_, all)| all);
+        let addresses: BTreeSet<&Ipv4Addr> = of_lease.collect();
+        let is_twin = |(when, address): &(Duration, Ipv4Addr)| when <= at && addresses.contains(address);
+        if reasons == 0 && !self.past.twins.iter().any(is_twin) {
             return Err(format!(
                 "client {host} took the route to {} away at {at:?} though nothing had happened to that peer",
                 route.destination

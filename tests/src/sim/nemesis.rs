@@ -135,7 +135,12 @@ impl Cluster {
     /// Where there is room for our hosts and hardly for anybody else, the others go.
     fn make_room(&mut self) {
         if self.tight {
-            std::mem::take(&mut self.foreign).iter().for_each(|key| self.etcd.delete(key));
+            let lives = |address| self.hosts.iter().any(|host| Some(host.address()) == address);
+            for entry in self.etcd.keys(SUBNETS) {
+                if !lives(attributes(&entry).and_then(|attrs| attrs.public_ip)) {
+                    self.etcd.delete(&String::from_utf8_lossy(&entry.key));
+                }
+            }
         }
     }
 
@@ -247,6 +252,7 @@ impl Cluster {
             Act::Twin(place, other) => {
                 let address = self.host(other).address();
                 if self.fenced {
+                    self.past.twins.push((self.etcd.now(), address));
                     self.host(place).move_to(address);
                 }
             }
@@ -361,15 +367,21 @@ impl Cluster {
 
     /// To an address that nobody else has.
     fn move_away(&mut self, place: usize) {
-        let number = u8::try_from(20 + 20 * place).expect("there are few hosts") + self.dice.u8(..20);
-        self.host(place).move_to([192, 168, 0, number].into());
+        let first = u8::try_from(20 + 20 * place).expect("there are few hosts");
+        let address = loop {
+            let address = Ipv4Addr::new(192, 168, 0, first + self.dice.u8(..20));
+            if !self.hosts.iter().any(|host| host.address() == address) {
+                break address;
+            }
+        };
+        self.host(place).move_to(address);
     }
 
     /// Takes note of which hosts have nothing to suffer.
     fn look(&mut self) {
         let etcd = self.etcd.is_well();
         let wells = self.hosts.iter().map(|host| etcd && host.is_well()).collect();
-        self.wells.push((self.etcd.now(), wells));
+        self.past.wells.push((self.etcd.now(), wells));
     }
 
     fn host(&mut self, place: usize) -> &mut Host {

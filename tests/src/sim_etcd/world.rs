@@ -108,9 +108,9 @@ pub(super) struct World {
     pub(super) moment: Moment,
     pub(super) keys: BTreeMap<Vec<u8>, Entry>,
     pub(super) leases: BTreeMap<i64, Lease>,
-    /// The history that clients can ask for, with the time of each change.
+    /// What happened in this data directory, with the time of each change.
     pub(super) log: Vec<(Duration, Happened)>,
-    /// The history begins there.
+    /// The history that clients can ask for begins there.
     pub(super) compacted: i64,
     /// How often the data directory was replaced.
     pub(super) replaced: usize,
@@ -278,21 +278,12 @@ impl World {
         self.leases.values_mut().for_each(|lease| lease.ends = at + lease.ttl);
     }
 
-    /// Forgets what is no longer so at `revision`. With it goes, as in etcd until
-    /// August 2024 (etcd-io/etcd#18089), what was deleted in that very revision,
-    /// though a watch may still begin there.
+    /// Forgets the history before `revision`.
     pub(super) fn compact(&mut self, at: Duration, revision: i64) {
-        if revision <= self.compacted || revision > self.moment.revision {
-            return;
+        if revision > self.compacted && revision <= self.moment.revision {
+            self.compacted = revision;
+            self.note(at, By::Hand, What::Compacted(revision));
         }
-        let stood = self.keys_at(revision);
-        self.log.retain(|(_, happened)| match happened {
-            Happened::Put(entry) if entry.modified <= revision => stood.get(&entry.key) == Some(entry),
-            Happened::Deleted(_, deleted) => *deleted > revision,
-            Happened::Put(_) => true,
-        });
-        self.compacted = revision;
-        self.note(at, By::Hand, What::Compacted(revision));
     }
 
     /// The data directory as it is.
