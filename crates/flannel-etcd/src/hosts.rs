@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use flannel_core::json::Object;
 use flannel_core::lease::{HostIdentity, Lease, LeaseAttrs, RawJson, Subnet};
+use flannel_core::shown::shown;
 use flannel_core::store::StoreError;
 use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
@@ -49,9 +50,6 @@ const ANSWER: Duration = Duration::from_secs(3);
 
 /// Askers that have been named already; anybody may write there, without end.
 const NAMED: usize = 100;
-
-/// The longest host name that is shown.
-const NAME: usize = 64;
 
 /// Who holds a lease, as the record beside it says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +95,7 @@ impl Record {
         let value = Object::parse("", std::str::from_utf8(&entry.value).ok()?).ok()?;
         let text = |key: &str| Some(value.text(key).ok()?.unwrap_or_default());
         // Anybody may have written this, and it is going to be shown.
-        let shown = |text: String| text.escape_debug().take(NAME).collect::<String>();
+        let shown = |text: String| if text.is_empty() { text } else { shown(&text) };
         let id = text("HostID").filter(|id| !id.is_empty())?;
         let host = HostIdentity { id: shown(id), boot: text("BootID")?, name: shown(text("Hostname")?) };
         Some(Self { host, address: shown(text("PublicIP")?) })

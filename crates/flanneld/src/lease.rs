@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use flannel_core::allocation::fits;
 use flannel_core::backend::{self, Backend};
 use flannel_core::chain::chain;
-use flannel_core::lease::{HeldLease, LeaseAttrs, Subnet};
+use flannel_core::lease::{HeldLease, Lease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use tokio::sync::watch;
@@ -144,7 +145,7 @@ pub async fn acquire<S: LeaseStore>(
         tokio::select! {
             biased;
             Ok(()) = wanted.changed() => {}
-            () = freed(store, full.unwrap_or_default()), if full.is_some() => info!("a subnet was freed"),
+            () = freed(store, config, &attrs, full.unwrap_or_default()), if full.is_some() => info!("a subnet was freed"),
             () = reconfigured(store, config), if full.is_some() => {
                 info!("the network config was changed");
                 return Err(Reconfigured);
@@ -154,14 +155,23 @@ pub async fn acquire<S: LeaseStore>(
     }
 }
 
-/// Resolves when a subnet has become free since `leased` of them were taken.
-async fn freed<S: LeaseStore>(store: &S, leased: usize) {
+/// Resolves when a subnet has become free since `leased` of them were taken, or
+/// one is ours: a store that is restored may have our lease of before.
+async fn freed<S: LeaseStore>(store: &S, config: &NetworkConfig, attrs: &LeaseAttrs, leased: usize) {
+    let is_ours = |lease: &Lease| {
+        attrs.public_ip.is_some() && lease.attrs.public_ip == attrs.public_ip && fits(config, lease.subnet)
+    };
     let mut watch = store.watch();
     loop {
         match watch.next().await {
             Ok(LeaseEvent::Removed(_) | LeaseEvent::RemovedTogether(_)) => return,
             // One may have gone between the attempt and this watch.
-            Ok(LeaseEvent::Snapshot(snapshot)) if snapshot.leases.len() < leased => return,
+            Ok(LeaseEvent::Snapshot(snapshot))
+                if snapshot.leases.len() < leased || snapshot.leases.iter().any(is_ours) =>
+            {
+                return;
+            }
+            Ok(LeaseEvent::Put(lease)) if is_ours(&lease) => return,
             Ok(_) => {}
             Err(error) => warn!(error = %chain(&error), "the store is away while we wait for a subnet"),
         }

@@ -20,7 +20,11 @@ use crate::sim_etcd::{By, Record, SimEtcd, What};
 
 /// Whether every host runs, is ready, and holds what the leases in etcd ask for; what is not so, otherwise.
 pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) -> Result<(), String> {
-    let leases: Vec<Lease> = etcd.keys(&format!("{PREFIX}/subnets/")).iter().filter_map(lease).collect();
+    let entries = etcd.keys(&format!("{PREFIX}/subnets/"));
+    let leases: Vec<Lease> = entries.iter().filter_map(lease).collect();
+    // The etcd lease that each hangs on.
+    let handles: BTreeMap<Subnet, i64> =
+        entries.iter().filter_map(|entry| Some((subnet(&entry.key)?, entry.lease))).collect();
     for (place, host) in hosts.iter().enumerate() {
         let wrong = |words: String| Err(format!("client {place}: {words}"));
         if !host.runs() {
@@ -32,7 +36,9 @@ pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) 
         let ours = |lease: &&Lease| {
             // Without its record nobody can tell whether a second lease with our address is ours.
             let record = format!("{PREFIX}/hosts/{}", subnet_key(&lease.subnet));
-            let is_known = host.subnet() == Some(lease.subnet) || !etcd.keys(&record).is_empty();
+            let record = etcd.keys(&record).into_iter().next();
+            let is_known = host.subnet() == Some(lease.subnet)
+                || record.is_some_and(|record| Some(&record.lease) == handles.get(&lease.subnet));
             is_known && lease.attrs.public_ip == Some(host.address())
         };
         let own: Vec<&Lease> = leases.iter().filter(ours).collect();
@@ -132,6 +138,9 @@ impl<'a> Walk<'a> {
     fn take(&mut self, Record { at, by, what }: &Record, hosts: &[Host]) -> Result<(), String> {
         match what {
             What::Put(entry) => {
+                if let Some(subnet) = recorded(&entry.key) {
+                    return self.take_record(*at, *by, subnet, hosts);
+                }
                 let Some(subnet) = subnet(&entry.key) else { return Ok(()) };
                 let holding = Holding { by: *by, attrs: attributes(entry) };
                 self.may_put(*at, *by, subnet, hosts)?;
@@ -169,6 +178,18 @@ impl<'a> Walk<'a> {
                 self.homes.clear();
             }
             What::Granted(_) | What::Ended(_) | What::Compacted(_) | What::Said(_) => {}
+        }
+        Ok(())
+    }
+
+    /// A lease goes from one host to another by its record alone, if it says the same of both.
+    fn take_record(&mut self, at: Duration, by: By, subnet: Subnet, hosts: &[Host]) -> Result<(), String> {
+        if self.holdings.get(&subnet).is_none_or(|holding| holding.by == by) || host(by, hosts).is_none() {
+            return Ok(());
+        }
+        self.may_put(at, by, subnet, hosts)?;
+        if let Some(holding) = self.holdings.get_mut(&subnet) {
+            holding.by = by;
         }
         Ok(())
     }
@@ -274,6 +295,11 @@ fn lease(entry: &Entry) -> Option<Lease> {
 
 fn subnet(key: &[u8]) -> Option<Subnet> {
     parse_subnet_key(std::str::from_utf8(key).ok()?.strip_prefix(PREFIX)?.strip_prefix("/subnets/")?)
+}
+
+/// The subnet whose holder a key records.
+fn recorded(key: &[u8]) -> Option<Subnet> {
+    parse_subnet_key(std::str::from_utf8(key).ok()?.strip_prefix(PREFIX)?.strip_prefix("/hosts/")?)
 }
 
 pub(super) fn attributes(entry: &Entry) -> Option<LeaseAttrs> {

@@ -123,6 +123,11 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         }
     }
 
+    fn look_for_all_strays(&mut self) {
+        let strays = self.view.peers(self.own()).filter(|lease| self.looks_like_ours(lease));
+        self.strays = strays.map(|lease| lease.subnet).collect();
+    }
+
     fn looks_like_ours(&self, lease: &Lease) -> bool {
         let Lease { subnet: own, attrs: ours, .. } = &self.parts.held.lease;
         let same_mac = ours.backend_data.is_some() && lease.attrs.backend_data == ours.backend_data;
@@ -176,6 +181,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 (self.rewrites_left, self.disputed) = (REWRITES, false);
                 self.keeper.renewed(expiry, now());
                 self.news();
+                // Whoever answered for one an hour ago may be gone.
+                self.look_for_all_strays();
                 if self.standing_by.is_none() {
                     self.stand_by();
                 }
@@ -302,8 +309,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             self.former_attrs.push_back((former_attrs, Instant::now() + ECHOES));
             self.parts.reconciler.set_lease(self.parts.held.lease.clone());
             self.needs(Need::Plan);
-            let strays = self.view.peers(self.own()).filter(|lease| self.looks_like_ours(lease));
-            self.strays = strays.map(|lease| lease.subnet).collect();
+            self.look_for_all_strays();
         }
         self.parts.status.send_modify(|status| status.lease = Aspect::Good);
         self.stand_by();
