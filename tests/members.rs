@@ -17,7 +17,7 @@ use flannel_tests::leases::{
     subnet,
 };
 use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 macro_rules! members_or_pass {
     () => {
@@ -85,6 +85,17 @@ impl Follower {
         };
         timeout(Duration::from_secs(10), known).await.expect("it is told of a change within 10 s");
     }
+
+    /// Resolves once it has been told of an error.
+    async fn tells_of_an_error(&self) {
+        loop {
+            let more = self.more.notified();
+            if !self.told.lock().unwrap().errors.is_empty() {
+                return;
+            }
+            more.await;
+        }
+    }
 }
 
 #[tokio::test]
@@ -119,7 +130,7 @@ async fn a_leader_that_is_killed_again_and_again_costs_no_event_and_at_most_one_
                         Ok(published) => (held, step) = (published, step + 1),
                         Err(error) => errors.push(chain(&error)),
                     }
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    sleep(Duration::from_millis(20)).await;
                 }
                 (store, held, number, errors)
             }));
@@ -194,9 +205,42 @@ async fn an_endpoint_that_becomes_a_black_hole_is_left() {
     wires[0].silence();
     let started = Instant::now();
     store.publish(&held, &host_with_mac(1, "0e:00:00:00:00:07")).await.unwrap();
+    let told = next(&mut watch).await;
 
-    assert_eq!(put_subnet(&mut watch).await, subnet(1));
+    // And not a word of the move.
+    assert!(matches!(told, LeaseEvent::Put(lease) if lease.subnet == subnet(1)));
     assert!(started.elapsed() < MOVED, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_host_cut_off_from_every_member_is_told_within_ten_seconds_and_once() {
+    let members = members_or_pass!();
+    let mut wires = Vec::new();
+    for member in &members.0 {
+        wires.push(Wire::to(member).await);
+    }
+    let follower = Follower::of(store(&at(wires.iter().map(Wire::endpoint).collect())).await.watch());
+    let elsewhere = store_at(&members, 0).await;
+    follower.knows(&elsewhere.acquire(&config(), &host(1), Some(subnet(1))).await.unwrap()).await;
+
+    wires.iter().for_each(Wire::silence);
+    let started = Instant::now();
+    follower.tells_of_an_error().await;
+    let told = started.elapsed();
+    let missed = elsewhere.acquire(&config(), &host(2), Some(subnet(2))).await.unwrap();
+    // Were there a second one, it would come after a round of attempts at all three.
+    sleep(Duration::from_secs(18)).await;
+    wires.iter().for_each(Wire::mend);
+    follower.knows(&missed).await;
+
+    assert!(told < Duration::from_secs(10), "told after {told:?}");
+    let told = follower.told.lock().unwrap();
+    assert!(
+        matches!(&*told.errors, [error] if error.ends_with(": nothing heard for 9 s")),
+        "{:?}",
+        told.errors
+    );
+    assert_eq!(told.snapshots, 1);
 }
 
 #[tokio::test]

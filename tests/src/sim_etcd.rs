@@ -33,6 +33,8 @@ use world::{Saved, World, denied};
 const ATTEMPT: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(3);
 
+const NO_LEADER: &str = "etcdserver: no leader";
+
 /// A handle on the etcd.
 #[derive(Clone)]
 pub struct SimEtcd {
@@ -342,8 +344,9 @@ impl SimClient {
     /// Nothing is wrong with its line any more.
     pub fn make_fair(&self) {
         self.with_line(|line| {
-            let (dice, epoch, forbidden) = (line.dice.clone(), line.epoch, line.forbidden.take());
-            *line = Line { dice, epoch, forbidden, ..Line::new(0) };
+            let (dice, epoch, heard) = (line.dice.clone(), line.epoch, line.heard);
+            let forbidden = line.forbidden.take();
+            *line = Line { dice, epoch, heard, forbidden, ..Line::new(0) };
         });
     }
 
@@ -355,6 +358,10 @@ impl SimClient {
 
     fn line<'a>(&self, state: &'a mut State) -> &'a mut Line {
         state.lines.get_mut(self.number).expect("there are as many lines as clients")
+    }
+
+    fn hear(&self) {
+        self.line(&mut self.etcd.state()).heard = Some(Instant::now());
     }
 
     fn by(&self) -> By {
@@ -372,7 +379,14 @@ impl SimClient {
         let mut wait = Duration::from_millis(100);
         loop {
             let words = match self.attempt(&request).await {
-                Ok(answer) => return answer.map_err(Failure::Refused),
+                Ok(answer) => {
+                    self.hear();
+                    return answer.map_err(Failure::Refused);
+                }
+                Err(NO_LEADER) => {
+                    self.hear();
+                    NO_LEADER
+                }
                 Err(words) => words,
             };
             if started.elapsed() + wait > PATIENCE {
@@ -410,7 +424,7 @@ impl SimClient {
             Err(SILENCE)
         };
         match fate {
-            Fate::NoLeader => Err("etcdserver: no leader"),
+            Fate::NoLeader => Err(NO_LEADER),
             Fate::Lost => silence().await,
             Fate::Answered(there, back) => {
                 sleep(there).await;
@@ -540,6 +554,10 @@ impl Kv for SimClient {
 
     fn start_over(&self) {
         self.with_line(|line| line.epoch += 1);
+    }
+
+    fn heard(&self) -> Option<Instant> {
+        self.line(&mut self.etcd.state()).heard
     }
 
     fn endpoints(&self) -> String {

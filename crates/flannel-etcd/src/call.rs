@@ -90,6 +90,11 @@ impl Trouble {
         }
     }
 
+    /// Whether etcd itself has said so.
+    fn is_answer(&self) -> bool {
+        !matches!(self, Self::Away { connection: true, .. })
+    }
+
     /// Whether new credentials may turn this into an answer: the token ran out,
     /// or users and roles were changed or switched on since it was given.
     fn wants_a_new_token(&self) -> bool {
@@ -134,6 +139,8 @@ pub(crate) struct Endpoints {
     /// The clients of each endpoint, once there has been a use for them.
     clients: Vec<Mutex<Option<Clients>>>,
     current: AtomicUsize,
+    /// When etcd has last said anything.
+    heard: Mutex<Option<Instant>>,
     /// How often all connections have been given up at once.
     started_over: watch::Sender<usize>,
 }
@@ -146,6 +153,7 @@ impl Endpoints {
             gate: Gate::default(),
             clients,
             current: AtomicUsize::new(0),
+            heard: Mutex::default(),
             started_over: watch::Sender::new(0),
         }
     }
@@ -159,6 +167,16 @@ impl Endpoints {
     /// Tells whoever holds a stream that it is given up.
     pub(crate) fn gives_up(&self) -> watch::Receiver<usize> {
         self.started_over.subscribe()
+    }
+
+    /// Takes note that etcd has said something.
+    pub(crate) fn hear(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// When it last has.
+    pub(crate) fn heard(&self) -> Option<Instant> {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn has_user(&self) -> bool {
@@ -194,7 +212,11 @@ impl Endpoints {
             let first = self.current.load(Ordering::Relaxed);
             for step in 0..endpoints.len() {
                 let place = (first + step) % endpoints.len();
-                match self.attempt(place, &request).await {
+                let answer = self.attempt(place, &request).await;
+                if answer.as_ref().err().is_none_or(Trouble::is_answer) {
+                    self.hear();
+                }
+                match answer {
                     Ok(answer) => {
                         self.current.store(place, Ordering::Relaxed);
                         return Ok((answer, place));

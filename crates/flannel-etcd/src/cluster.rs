@@ -6,6 +6,7 @@ use etcd_client::{
     Compare as EtcdCompare, CompareOp, Error as EtcdError, GetOptions, KeyValue, LeaseGrantOptions,
     LeaseTimeToLiveOptions, PutOptions, ResponseHeader, Txn as EtcdTxn, TxnOp, TxnOpResponse,
 };
+use tokio::time::Instant;
 
 use crate::call::Endpoints;
 use crate::connect::{Dial, Settings, SettingsError};
@@ -126,6 +127,10 @@ impl Kv for Cluster {
 
     fn start_over(&self) {
         self.0.start_over();
+    }
+
+    fn heard(&self) -> Option<Instant> {
+        self.0.heard()
     }
 
     fn endpoints(&self) -> String {

@@ -11,6 +11,7 @@ use std::fmt;
 use std::future::Future;
 
 use flannel_core::store::StoreError;
+use tokio::time::Instant;
 
 /// Leases and keys of one etcd.
 pub trait Kv: Send + Sync + 'static {
@@ -42,6 +43,9 @@ pub trait Kv: Send + Sync + 'static {
 
     /// Gives all connections up, those of streams too.
     fn start_over(&self);
+
+    /// When etcd has last said anything, be it "no"; `None` if it never has.
+    fn heard(&self) -> Option<Instant>;
 
     /// Every endpoint, for an error that is about all of them.
     fn endpoints(&self) -> String;

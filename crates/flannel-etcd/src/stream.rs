@@ -112,7 +112,9 @@ impl ClusterStream {
                 timeout(ANSWER, self.stream.message()).await.map_err(silent)?
             }
         };
-        response.map_err(Trouble::of)?.ok_or_else(|| Trouble::away("the watch was closed"))
+        let response = response.map_err(Trouble::of)?.ok_or_else(|| Trouble::away("the watch was closed"))?;
+        self.endpoints.hear();
+        Ok(response)
     }
 }
 

@@ -14,24 +14,33 @@
 //! has had of it: etcd may cut one large revision into fragments, and only an event
 //! of a later revision shows that one is over. And it goes on only where the
 //! history is still the one that we know.
+//!
+//! While there is no stream nothing is said of it, for there is another one in a
+//! moment most of the time; but not for longer than anybody may be left in the
+//! belief that the leases are watched.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::mem::{Discriminant, discriminant, replace};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::ExponentialBackoff;
 use flannel_core::lease::Subnet;
 use flannel_core::store::{LeaseEvent, LeaseWatch, StoreError};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, info};
 
 use crate::call::{STEADY, delays};
 use crate::cluster::Cluster;
 use crate::codec::Layout;
+use crate::connect::SILENCE;
 use crate::kv::{Ended, Failure, Happened, Kv, KvStream, Moment, Opened, Portion, Range, Refusal};
 use crate::registry::Registry;
 use crate::trace::Trace;
+
+/// How long etcd may say nothing until that is told, if nobody watches.
+const UNTOLD: Duration = Duration::from_secs(9);
 
 /// The watch of one etcd prefix.
 pub struct EtcdWatch<K: Kv = Cluster> {
@@ -41,6 +50,8 @@ pub struct EtcdWatch<K: Kv = Cluster> {
     delays: ExponentialBackoff,
     /// To be slept before the next attempt.
     delay: Option<Duration>,
+    /// When the caller is to know that there is no stream, unless etcd says something.
+    tell: Option<Instant>,
     /// The kind of error that the caller knows of.
     reported: Option<Discriminant<StoreError>>,
 }
@@ -78,23 +89,24 @@ impl<K: Kv> EtcdWatch<K> {
             queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
             state = State::Listed(Position::after(listing.moment, listing.trace));
         }
-        Self { registry, state, queue, delays: delays(), delay: None, reported: None }
+        Self { registry, state, queue, delays: delays(), delay: None, tell: None, reported: None }
     }
 
     /// One move of the machine; events come to lie in the queue.
     async fn step(&mut self) -> Result<(), StoreError> {
+        let tell = self.tell();
         if let Some(delay) = self.delay.take() {
             sleep(delay).await;
         }
         // Dropped during one of the awaits below, the machine is left Empty and lists again.
         self.state = match replace(&mut self.state, State::Empty) {
             State::Empty => {
-                let listing = self.registry.list().await?;
+                let listing = in_time(tell, &self.registry.kv, self.registry.list()).await?;
                 self.queue.push_back(LeaseEvent::Snapshot(listing.snapshot));
                 State::Listed(Position::after(listing.moment, listing.trace))
             }
-            State::Listed(position) => self.open(position, false).await?,
-            State::Broken(position) => self.open(position, true).await?,
+            State::Listed(position) => self.open(position, false, tell).await?,
+            State::Broken(position) => self.open(position, true, tell).await?,
             State::Watching(mut watching) => match watching.stream.next().await {
                 Ok(portion) => {
                     watching.take(portion, &self.registry.layout, &mut self.queue);
@@ -103,6 +115,8 @@ impl<K: Kv> EtcdWatch<K> {
                 Err(Ended::Compacted) => self.outdated("history compacted"),
                 Err(Ended::Broken(reason)) => {
                     debug!(reason, "the watch has ended");
+                    // It may have been dead for as long as that takes to notice.
+                    self.tell = Some(Instant::now() + UNTOLD.saturating_sub(SILENCE));
                     if watching.opened.elapsed() > STEADY {
                         self.delays = delays();
                     }
@@ -114,8 +128,13 @@ impl<K: Kv> EtcdWatch<K> {
         Ok(())
     }
 
-    async fn open(&mut self, position: Position, broken: bool) -> Result<State<K::Stream>, StoreError> {
-        match open(&self.registry, &position, broken).await {
+    async fn open(
+        &mut self,
+        position: Position,
+        broken: bool,
+        tell: Option<Instant>,
+    ) -> Result<State<K::Stream>, StoreError> {
+        match in_time(tell, &self.registry.kv, open(&self.registry, &position, broken)).await {
             Ok(Some(stream)) => {
                 Ok(State::Watching(Box::new(Watching { stream, opened: Instant::now(), position })))
             }
@@ -125,6 +144,12 @@ impl<K: Kv> EtcdWatch<K> {
                 Err(error)
             }
         }
+    }
+
+    /// When the move that comes is to end, if there is no stream and the caller does not know.
+    fn tell(&mut self) -> Option<Instant> {
+        let is_untold = self.reported.is_none() && !matches!(self.state, State::Watching(_));
+        is_untold.then(|| *self.tell.get_or_insert_with(|| Instant::now() + UNTOLD))
     }
 
     fn outdated(&mut self, reason: &'static str) -> State<K::Stream> {
@@ -138,12 +163,15 @@ impl<K: Kv> LeaseWatch for EtcdWatch<K> {
     async fn next(&mut self) -> Result<LeaseEvent, StoreError> {
         loop {
             if let Some(event) = self.queue.pop_front() {
+                // The caller may take its time.
+                self.tell = None;
                 return Ok(event);
             }
             match self.step().await {
                 Ok(()) => {
                     // A list alone is not health: it may be read where watching is not allowed.
                     if matches!(self.state, State::Watching(_)) {
+                        self.tell = None;
                         if !self.queue.is_empty() {
                             self.delays = delays();
                         }
@@ -164,6 +192,27 @@ impl<K: Kv> LeaseWatch for EtcdWatch<K> {
             }
         }
     }
+}
+
+/// What `work` comes to, or an error at `tell` if etcd has said nothing for too long by then.
+async fn in_time<K: Kv, T>(
+    tell: Option<Instant>,
+    kv: &K,
+    work: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    let Some(mut tell) = tell else { return work.await };
+    let mut work = pin!(work);
+    loop {
+        if let Ok(answer) = timeout_at(tell, &mut work).await {
+            return answer;
+        }
+        match kv.heard() {
+            Some(heard) if heard + UNTOLD > tell => tell = heard + UNTOLD,
+            _ => break,
+        }
+    }
+    let source = format!("nothing heard for {} s", UNTOLD.as_secs());
+    Err(StoreError::Unreachable { endpoints: kv.endpoints(), source: source.into() })
 }
 
 /// Opens the stream at `position`; `None` if that is not in this history.

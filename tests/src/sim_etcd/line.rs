@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use fastrand::Rng;
+use tokio::time::Instant;
 
 /// How a line behaves.
 #[derive(Clone, Debug)]
@@ -54,6 +55,8 @@ pub(super) struct Line {
     pub(super) lag: Duration,
     /// Changes when all streams end.
     pub(super) epoch: usize,
+    /// When etcd has last said anything by it.
+    pub(super) heard: Option<Instant>,
 }
 
 impl Line {
@@ -68,6 +71,7 @@ impl Line {
             forbidden: None,
             lag: Duration::ZERO,
             epoch: 0,
+            heard: None,
         }
     }
 

@@ -152,6 +152,7 @@ impl KvStream for SimStream {
                 Look::Told(portion, latency) => {
                     sleep(latency).await;
                     self.heard = Instant::now();
+                    self.client.hear();
                     return Ok(portion);
                 }
                 Look::Over(ended) => return Err(ended),

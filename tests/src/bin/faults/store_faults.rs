@@ -197,8 +197,7 @@ pub(crate) fn compacted_while_cut_off(records: Records, form: Form) -> Shown {
     let mut shown = Shown::default();
     let cut_off = form.of(SECOND * 20, SECOND * 300);
     let (host, since) = (world.host(0).clone(), now());
-    // Not claimed to show within ten seconds: what falls silent is found by a ping after 13 s, and told once no
-    // endpoint has answered.
+    world.fault("cut off from etcd", [0]);
     cut(&host);
     thread::sleep(cut_off / 2);
     // Thirty in a hundred: changed, gone, come.
