@@ -357,11 +357,11 @@ fn one_owner(read: &Read, broken: &mut Vec<String>) {
             _ => {}
         }
     }
-    let mut files: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut files: BTreeMap<Ipv4Network, usize> = BTreeMap::new();
     for (number, host) in &read.end.hosts {
-        let subnet = host.file.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="));
-        if let Some(other) = subnet.and_then(|subnet| files.insert(subnet, *number)) {
-            broken.push(format!("I1: hosts {other} and {number} both have {}", subnet.unwrap_or_default()));
+        let Some(subnet) = subnet_of(&host.file) else { continue };
+        if let Some(other) = files.insert(subnet, *number) {
+            broken.push(format!("I1: hosts {other} and {number} both have {subnet}"));
         }
     }
 }
@@ -466,9 +466,14 @@ fn honest_readiness(read: &Read, broken: &mut Vec<String>) {
         let mut held = Objects::new();
         let mut told = host.told.iter().peekable();
         let mut is_ready = false;
+        // Not by its address alone: that may have been another one.
+        let mut own_key = String::new();
         for sample in host.samples.iter().filter(|sample| sample.t < stopped) {
             while let Some(told) = told.next_if(|told| told.t <= sample.t) {
                 follow(&mut held, &told.line);
+            }
+            if let Some(subnet) = sample.file.as_deref().and_then(subnet_of) {
+                own_key = key_of(&subnet.to_string());
             }
             // The page was read a moment ago; twice the same is sure.
             let was_ready = std::mem::replace(&mut is_ready, sample.code == 200);
@@ -477,7 +482,8 @@ fn honest_readiness(read: &Read, broken: &mut Vec<String>) {
             }
             let (since, until) = (sample.t - STABLE, sample.t + 1.0);
             for key in timeline.changes.keys() {
-                let is_wanted = |lease: &&Lease| lease.address != own && !lease.mac.is_empty();
+                let is_wanted =
+                    |lease: &&Lease| *key != own_key && lease.address != own && !lease.mac.is_empty();
                 let Some(lease) = timeline.steady(key, since, until).filter(is_wanted) else {
                     continue;
                 };
@@ -504,6 +510,13 @@ fn honest_readiness(read: &Read, broken: &mut Vec<String>) {
             broken.push(format!("I9: host {number} was not ready at the end: {} {page}", last.code));
         }
     }
+}
+
+/// The subnet that a subnet.env names.
+fn subnet_of(file: &str) -> Option<Ipv4Network> {
+    let bridge = file.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))?;
+    let bridge: Ipv4Network = bridge.parse().ok()?;
+    Ipv4Network::new(bridge.network(), bridge.prefix()).ok()
 }
 
 /// Keeps up with what the kernel tells.
@@ -564,6 +577,7 @@ fn days(year: i64, month: i64, day: i64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::HostEnd;
 
     fn put(t: Time, revision: i64, subnet: &str, address: &str) -> Event {
         let lease = Lease { subnet: subnet.into(), address: address.into(), mac: "0e:00:00:00:00:02".into() };
@@ -660,6 +674,19 @@ mod tests {
         assert!(found(honest_readiness, &with_host(history(), &LINES, &ready)).is_empty());
         assert_eq!(found(honest_readiness, &with_host(history(), &LINES[1..], &ready)).len(), 1);
         assert_eq!(found(honest_readiness, &with_host(records(vec![]), &LINES, &ready)).len(), 1);
+    }
+
+    #[test]
+    fn a_host_needs_no_way_to_its_own_subnet_whatever_its_address_was() {
+        let history = vec![put(1.0, 2, "10.5.1.0/24", "a"), put(40.0, 3, "10.5.1.0/24", "b")];
+        let mut read = with_host(records(history), &[], &[(30.0, 200), (30.5, 200)]);
+        read.end.hosts.insert(1, HostEnd { address: "b".into(), ..HostEnd::default() });
+        assert_eq!(found(honest_readiness, &read).len(), 1);
+
+        let file = Some("FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.1.1/24\n".into());
+        read.hosts.get_mut(&1).expect("it is host 1").samples[0].file = file;
+
+        assert!(found(honest_readiness, &read).is_empty());
     }
 
     #[test]
