@@ -153,6 +153,18 @@ impl Read {
         self.marks.iter().any(|mark| matches!(mark, Mark::Given { key: given, .. } if given == key))
     }
 
+    /// What was being done then, in words.
+    fn doing(&self, at: Time) -> String {
+        let said = self.marks.iter().filter_map(|mark| match mark {
+            Mark::Said { t, what } if *t <= at => Some((t, what)),
+            _ => None,
+        });
+        match said.max_by(|(one, _), (other, _)| one.total_cmp(other)) {
+            Some((t, what)) => format!("{:.1} s into {what:?}", at - t),
+            None => "before anything was done".into(),
+        }
+    }
+
     /// Whether the scenario itself was at that kernel, a little before or after too.
     fn meddled(&self, of: usize, t: Time) -> bool {
         self.marks.iter().any(|mark| {
@@ -267,8 +279,9 @@ impl Read {
         }
         if let Some(((from, to), (count, since))) = worst.iter().max_by_key(|(_, (count, _))| *count) {
             let lost = verdict.lost;
+            let doing = self.doing(*since);
             verdict.broken.push(format!(
-                "{lost} packets lost, {count} of them from host {from} to {to}, first at {since:.3}"
+                "{lost} packets lost, {count} of them from host {from} to {to}, first at {since:.3}, {doing}"
             ));
         }
     }
@@ -488,14 +501,16 @@ fn honest_readiness(read: &Read, broken: &mut Vec<String>) {
                     continue;
                 };
                 if let Some(object) = lease.objects().iter().find(|object| !held.contains(*object)) {
-                    broken.push(format!("I9: host {number} said ready at {:.3} without {object}", sample.t));
+                    let (t, doing) = (sample.t, read.doing(sample.t));
+                    broken.push(format!("I9: host {number} said ready at {t:.3}, {doing}, without {object}"));
                 }
             }
             for object in held.iter().filter(|object| object.starts_with("route ")) {
                 let subnet = object.split(' ').nth(1).unwrap_or_default();
                 let since = sample.t - HELD;
                 if !timeline.ever(&key_of(subnet), since, until, |lease| lease.is_some()) {
-                    broken.push(format!("I9: host {number} said ready at {:.3} with {object}", sample.t));
+                    let (t, doing) = (sample.t, read.doing(sample.t));
+                    broken.push(format!("I9: host {number} said ready at {t:.3}, {doing}, with {object}"));
                 }
             }
         }
