@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use etcd_client::{
-    AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions, ConnectOptions, DeleteOptions, Error,
-    GetOptions, Permission,
+    AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions, Compare, CompareOp, ConnectOptions,
+    DeleteOptions, Error, GetOptions, KeyValue, Permission, ResponseHeader, Txn, TxnOp,
 };
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
@@ -104,8 +104,7 @@ impl Store {
     /// The revision of the write.
     pub(crate) fn put(&mut self, key: &str, value: impl Into<Vec<u8>>) -> i64 {
         let value = value.into();
-        let answer = self.must(async |client| client.put(key, value.clone(), None).await);
-        answer.header().map_or(0, etcd_client::ResponseHeader::revision)
+        self.must(async |client| write(client, key, TxnOp::put(key, value.clone(), None)).await)
     }
 
     pub(crate) fn revoke(&mut self, lease: i64) {
@@ -119,8 +118,7 @@ impl Store {
 
     /// The revision of the removal.
     pub(crate) fn delete(&mut self, key: &str) -> i64 {
-        let answer = self.must(async |client| client.delete(key, None).await);
-        answer.header().map_or(0, etcd_client::ResponseHeader::revision)
+        self.must(async |client| write(client, key, TxnOp::delete(key, None)).await)
     }
 
     /// How many keys went.
@@ -245,6 +243,21 @@ impl Store {
             }
             assert!(start.elapsed() < PATIENCE, "no member leads");
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// Writes a key, over nothing but what stands there. A request that went unanswered may still reach etcd, out of the
+/// kernel's buffer, once packets no longer vanish: it must not undo what was written since. That a read comes first
+/// keeps all but a few writes out of such a buffer.
+async fn write(client: &mut Client, key: &str, write: TxnOp) -> Result<i64, Error> {
+    loop {
+        let found = client.get(key, None).await?;
+        let modified = found.kvs().first().map_or(0, KeyValue::mod_revision);
+        let unchanged = Compare::mod_revision(key, CompareOp::Equal, modified);
+        let answer = client.txn(Txn::new().when([unchanged]).and_then([write.clone()])).await?;
+        if answer.succeeded() {
+            return Ok(answer.header().map_or(0, ResponseHeader::revision));
         }
     }
 }
