@@ -9,6 +9,7 @@ use std::fmt;
 use ipnetwork::IpNetwork;
 
 pub mod iptables;
+pub mod nftables;
 
 /// Which rules the operator wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +132,33 @@ pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<
     Ruleset { network, former, chains: vec![masquerading, forwarding] }
 }
 
+impl Purpose {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Masquerade, Self::Forward];
+}
+
+impl Rule {
+    /// The prefixes that it names.
+    pub fn prefixes(&self) -> impl Iterator<Item = IpNetwork> {
+        [self.source, self.destination].into_iter().filter_map(|side| match side {
+            Match::Any => None,
+            Match::In(network) | Match::NotIn(network) => Some(network),
+        })
+    }
+
+    /// Whether it names nobody's network: such a rule belongs to all agents of a host and stands once.
+    pub fn is_of_all(&self) -> bool {
+        self.prefixes().next().is_none()
+    }
+}
+
 impl Ruleset {
+    /// The same with every rule taken away: what a host is to have where another engine has the rules.
+    pub fn without_rules(&self) -> Self {
+        let chains = self.chains.iter().map(|chain| Chain { purpose: chain.purpose, rules: vec![] });
+        Self { network: self.network, former: self.former.clone(), chains: chains.collect() }
+    }
+
     /// The same for an engine that cannot pick ports at random.
     pub fn without_random_fully(&self) -> Self {
         let mut plain = self.clone();
