@@ -283,6 +283,23 @@ fn a_flushed_jump_comes_back_alone() {
 }
 
 #[test]
+fn a_hundred_flushes_leave_as_many_rules_as_before() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let shown = |host: &Host| host.iptables("-t nat -S") + &host.iptables("-S");
+        let before = shown(&host);
+
+        for _ in 0..100 {
+            host.iptables("-F");
+            host.iptables("-t nat -F POSTROUTING");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+        }
+
+        assert_eq!(shown(&host), before);
+    });
+}
+
+#[test]
 fn a_deleted_rule_comes_back_in_its_place() {
     with_both(async |mut host| {
         host.ensure(&ours(ALL)).await;
@@ -440,8 +457,9 @@ fn a_lock_that_somebody_holds_is_an_error_in_the_end() {
 
         drop(holder.stdin.take());
         holder.wait().unwrap();
-        let HostError::Broken { source, .. } = error else { panic!("{error:?}") };
-        assert!(source.to_string().contains("xtables lock"), "{source}");
+        let HostError::Broken { operation, source } = error else { panic!("{error:?}") };
+        assert_eq!(operation, "somebody holds the xtables lock");
+        assert!(source.to_string().contains("fuser"), "{source}");
     });
 }
 
@@ -496,8 +514,7 @@ fn a_jump_that_goes_while_the_rules_are_at_rest_comes_back() {
         assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
 
         assert_eq!(host.iptables("-t filter -S"), before);
-        // Its own write is looked at once, and then all is quiet again.
-        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        // Of its own write it knows what it did.
         runs.take();
         assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
         assert_eq!(runs.take(), NO_RUN);
@@ -524,6 +541,7 @@ fn a_jump_that_goes_behind_a_check_comes_back() {
         let (meddler, program) = Meddler::behind(&host, NFT.program, "FLANNEL-FWD");
         host.firewall = IptablesFirewall::with_programs(program, NFT.restorer);
         host.ensure(&ours(ALL)).await;
+        host.iptables("-t mangle -N SOMEBODY");
         meddler.wake();
 
         assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
@@ -571,6 +589,51 @@ fn a_check_that_fails_is_made_again() {
         host.firewall.ensure(&ours(ALL)).await.unwrap_err();
         fs::rename(&aside, &restorer).unwrap();
 
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+    });
+}
+
+#[test]
+fn a_rule_that_somebody_puts_above_ours_comes_after_them() {
+    with_both(async |mut host| {
+        host.iptables("-N DOCKER-USER");
+        host.iptables("-A FORWARD -j DOCKER-USER");
+        host.ensure(&ours(ALL)).await;
+        for (purpose, rule) in [
+            (Purpose::Forward, "-I FORWARD -i eth0 -j DROP"),
+            (Purpose::Forward, "-I FORWARD 2 -j REJECT"),
+            (Purpose::Masquerade, "-t nat -I POSTROUTING -s 10.5.0.0/16 -j ACCEPT"),
+        ] {
+            host.iptables(rule);
+
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written, "{rule}");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged, "{rule}");
+
+            let rules = host.rules(purpose, purpose.parent());
+            let operator = usize::from(purpose == Purpose::Forward);
+            assert!(operator == 0 || rules[0] == "-A FORWARD -j DOCKER-USER", "{rules:?}");
+            assert_eq!(rules[operator], purpose.jump(), "{rules:?}");
+        }
+        assert_eq!(host.rules(Purpose::Forward, "FORWARD").len(), 4);
+    });
+}
+
+#[test]
+fn somebody_who_insists_on_being_first_is_let_be_for_a_while() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        let mut moves = 0;
+        host.iptables("-A FORWARD -j DROP");
+        for _ in 0..10 {
+            host.iptables("-D FORWARD -j DROP");
+            host.iptables("-I FORWARD -j DROP");
+            moves += usize::from(host.ensure(&ours(ALL)).await == Ensured::Written);
+        }
+
+        assert_eq!(moves, 5);
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        // And the rest is looked after as ever.
+        host.iptables("-F FLANNEL-FWD");
         assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
     });
 }

@@ -101,8 +101,7 @@ const KUBE_PROXY_MARK: u32 = 0x4000;
 
 /// The rules for one family of the cluster.
 pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<IpNetwork>) -> Ruleset {
-    let multicast: IpNetwork =
-        if network.is_ipv4() { "224.0.0.0/4" } else { "ff00::/8" }.parse().expect("both are prefixes");
+    let multicast = multicast(network);
     let masquerade = Verdict::Masquerade { random_fully: wanted.random_fully };
     let rule = |source, destination, verdict| Rule { mark: None, source, destination, verdict };
     let (cluster, ours) = (Match::In(network), Match::In(subnet));
@@ -130,6 +129,11 @@ pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<
             vec![rule(cluster, Match::Any, Verdict::Accept), rule(Match::Any, cluster, Verdict::Accept)];
     }
     Ruleset { network, former, chains: vec![masquerading, forwarding] }
+}
+
+/// What is for many, in the family of a network.
+fn multicast(network: IpNetwork) -> IpNetwork {
+    if network.is_ipv4() { "224.0.0.0/4" } else { "ff00::/8" }.parse().expect("both are prefixes")
 }
 
 impl Purpose {

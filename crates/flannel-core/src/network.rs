@@ -111,7 +111,7 @@ impl NetworkConfig {
     /// Refuses what can be read but not yet run.
     ///
     /// # Errors
-    /// The config needs IPv6 or nftables.
+    /// The config needs IPv6.
     pub fn supported(self) -> Result<Self, ConfigError> {
         let unsupported = |key: &str, what: &str, instead: &str| {
             Err(ConfigError::Unsupported {
@@ -123,9 +123,6 @@ impl NetworkConfig {
         };
         if self.v6.is_some() {
             return unsupported("EnableIPv6", "IPv6", "leave the key out and give an IPv4 Network");
-        }
-        if self.engine == FirewallEngine::Nftables {
-            return unsupported("EnableNFTables", "the nftables engine", "leave the key out to use iptables");
         }
         Ok(self)
     }

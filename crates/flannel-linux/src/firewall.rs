@@ -1,4 +1,146 @@
-//! The engines that make the traffic rules stand.
+//! The traffic rules of this host: one engine makes them stand, what the others
+//! hold of us goes, and the kernel's word of changes wakes whoever waits for it.
+//!
+//! ```text
+//!   ensure ──▶ engine: iptables or nftables ──▶ then, once: leftovers in the other engines
+//!   changed ◀── ear ◀── the kernel, of nf_tables
+//! ```
+//!
+//! The new rules come before the old ones go: at no moment would a packet meet none.
+//! x_tables tell nothing, and rules there are looked at by the clock alone.
 
+use std::time::Duration;
+
+use flannel_core::firewall::Ruleset;
+use flannel_core::host::{Ensured, Firewall, HostError};
+use flannel_core::network::FirewallEngine;
+use tokio::time::{Instant, sleep_until};
+use tracing::debug;
+
+mod ear;
 mod generation;
+mod insistence;
 pub mod iptables;
+mod leftovers;
+pub mod nftables;
+mod program;
+
+use ear::{Concern, Ear};
+use iptables::{Family, IptablesFirewall};
+use leftovers::Leftovers;
+use nftables::NftablesFirewall;
+
+/// What is told one after the other is looked at together.
+const TOGETHER: Duration = Duration::from_millis(20);
+
+/// Of its time, looking at what others change has at most one part in so many.
+const SHARE: u32 = 5;
+
+/// The traffic rules of one family, by the engine of the network config, in the
+/// network namespace of whoever asks; it is to be the same one each time.
+pub struct LinuxFirewall {
+    engine: Engine,
+    leftovers: Leftovers,
+    ear: Option<Ear>,
+    /// Whether something was heard that nobody has looked at yet.
+    heard: bool,
+    /// Before that nobody is woken again.
+    rests_until: Instant,
+}
+
+enum Engine {
+    Iptables(IptablesFirewall),
+    Nftables(NftablesFirewall),
+}
+
+impl Engine {
+    /// Whether the kernel tells that nothing has changed since the rules were found right.
+    fn is_at_rest(&self) -> bool {
+        match self {
+            Self::Iptables(iptables) => iptables.is_at_rest(),
+            Self::Nftables(nftables) => nftables.is_at_rest(),
+        }
+    }
+}
+
+impl LinuxFirewall {
+    /// The rules of `family` by that engine, through the programs that the path leads to.
+    pub fn new(engine: FirewallEngine, family: Family) -> Self {
+        match engine {
+            FirewallEngine::Iptables => Self::through_iptables(IptablesFirewall::new(family), family),
+            FirewallEngine::Nftables => Self::through_nft(NftablesFirewall::default(), family),
+        }
+    }
+
+    /// The rules of `family` by that iptables.
+    pub fn through_iptables(iptables: IptablesFirewall, family: Family) -> Self {
+        Self::with(Engine::Iptables(iptables), Leftovers::new(FirewallEngine::Iptables, family))
+    }
+
+    /// The rules of `family` by that nft.
+    pub fn through_nft(nftables: NftablesFirewall, family: Family) -> Self {
+        Self::with(Engine::Nftables(nftables), Leftovers::new(FirewallEngine::Nftables, family))
+    }
+
+    fn with(engine: Engine, leftovers: Leftovers) -> Self {
+        Self { engine, leftovers, ear: None, heard: false, rests_until: Instant::now() }
+    }
+
+    /// Listens where the rules are, if the kernel tells of changes there.
+    fn listen(&mut self, rules: &Ruleset) {
+        let concern = match &self.engine {
+            Engine::Iptables(iptables) if iptables.is_told() == Some(true) => Concern::iptables(rules),
+            Engine::Iptables(_) => return,
+            Engine::Nftables(_) => Concern::nftables(rules),
+        };
+        if self.ear.as_ref().is_some_and(|ear| *ear.concern() == concern) {
+            return;
+        }
+        match Ear::open(concern) {
+            // What has changed until now was not heard.
+            Ok(ear) => (self.ear, self.heard) = (Some(ear), !self.engine.is_at_rest()),
+            Err(error) => debug!(%error, "nf_tables tells us nothing; its rules are looked at by the clock"),
+        }
+    }
+}
+
+impl Firewall for LinuxFirewall {
+    async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
+        let began = Instant::now();
+        if let Some(ear) = &mut self.ear {
+            ear.forget();
+        }
+        self.heard = false;
+        let ensured = match &mut self.engine {
+            Engine::Iptables(iptables) => iptables.ensure(rules).await,
+            Engine::Nftables(nftables) => nftables.ensure(rules).await,
+        };
+        if ensured.is_ok() {
+            let on_nft = match &self.engine {
+                Engine::Iptables(iptables) => iptables.is_told(),
+                Engine::Nftables(_) => None,
+            };
+            self.leftovers.sweep(rules, on_nft).await;
+        }
+        self.listen(rules);
+        self.rests_until = Instant::now() + began.elapsed() * (SHARE - 1);
+        ensured
+    }
+
+    async fn changed(&mut self) {
+        let Some(ear) = &mut self.ear else { return std::future::pending().await };
+        loop {
+            if !self.heard {
+                ear.heard().await;
+                self.heard = true;
+            }
+            sleep_until(self.rests_until.max(Instant::now() + TOGETHER)).await;
+            ear.forget();
+            self.heard = false;
+            // Or else it was we who changed something.
+            if !self.engine.is_at_rest() {
+                return;
+            }
+        }
+    }
+}

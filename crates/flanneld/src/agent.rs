@@ -668,7 +668,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.tasks.spawn(async move { while inputs.send(Input::Store(watch.next().await)).await.is_ok() {} });
     }
 
-    /// Checks the traffic rules again and again, and at once when they are to be others.
+    /// Checks the traffic rules again and again, and at once when they are to be
+    /// others or somebody else has changed them.
     fn spawn_rules(&mut self) {
         let Some(mut firewall) = self.firewall.take() else { return };
         let (mut rules, inputs) = (self.rules.subscribe(), self.inputs.0.clone());
@@ -682,6 +683,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 tokio::select! {
                     biased;
                     () = tokio::time::sleep(every) => {}
+                    () = firewall.changed() => {}
                     changed = rules.changed() => if changed.is_err() { return },
                 }
             }

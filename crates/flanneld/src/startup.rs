@@ -27,7 +27,7 @@ use flannel_core::subnet_env::FormerEnv;
 use flannel_core::underlay::{self, Facts, InterfaceAddress, NoUnderlay, Underlay};
 use flannel_etcd::EtcdStore;
 use flannel_linux::sysctl::bridge_netfilter_remedy;
-use flannel_linux::{Family, IptablesFirewall, LinuxNetwork};
+use flannel_linux::{Family, LinuxFirewall, LinuxNetwork};
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 use tokio::sync::watch;
@@ -124,14 +124,15 @@ async fn start(
     status: watch::Sender<Status>,
     state: Option<&StateDir>,
     memory: Option<Memory>,
-) -> Result<Agent<EtcdStore, LinuxNetwork, IptablesFirewall>, StartError> {
+) -> Result<Agent<EtcdStore, LinuxNetwork, LinuxFirewall>, StartError> {
     let store = Arc::new(EtcdStore::connect(&etcd(settings, state_dir::identity(state))).await?);
     let parts = join(settings, store, LinuxNetwork::new()?, status, state, memory).await?;
     if let Some(remedy) = bridge_netfilter_remedy().filter(|_| !parts.options.wanted.nothing()) {
         warn!(remedy, "bridged containers pass the traffic rules by");
     }
     let parts = Parts { on_ready: Some(Box::new(notify::ready)), ..parts };
-    Ok(Agent::new(parts, IptablesFirewall::new(Family::Ipv4)))
+    let firewall = LinuxFirewall::new(parts.config.engine, Family::Ipv4);
+    Ok(Agent::new(parts, firewall))
 }
 
 /// Takes this host's place in the cluster: what an agent is made of, on

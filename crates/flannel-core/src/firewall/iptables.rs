@@ -4,12 +4,26 @@
 //! Another agent with another network may run on this host and use the same two
 //! chains. So a chain is not rewritten blindly: rules that name a network of
 //! ours are ours, the others keep their place in front.
+//!
+//! Our jump stands before the first rule that could decide about our packets,
+//! and no further up: what only counts, logs or accepts may stand above it.
+//!
+//! ```text
+//!   cali-FORWARD, KUBE-*        who says what may pass, of us too: never behind us
+//!   DOCKER-USER                 the operator's place for denials: comes along if it would fall behind us
+//!   LOG, ACCEPT, from elsewhere to elsewhere
+//!   ── FLANNEL-FWD ──
+//!   DROP, REJECT, DOCKER-FORWARD, any chain that we do not know
+//! ```
 
 use std::fmt::Write;
 
 use ipnetwork::IpNetwork;
 
 use super::{Chain, Match, Purpose, Rule, Ruleset, Verdict};
+use crate::claim::overlap;
+
+mod older;
 
 impl Purpose {
     /// The table our chain is in.
@@ -89,13 +103,23 @@ impl Chain {
     }
 }
 
+/// Where our jump is to stand in the built-in chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before whatever could decide about our packets.
+    BeforeOthers,
+    /// Where it stands, because somebody insists on theirs.
+    Anywhere,
+}
+
 /// The input of `iptables-restore --noflush` that brings one chain from
 /// `listed` to what `rules` want; `None` if it is so already.
 ///
-/// One table is one transaction: there is no moment without the rules.
-pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed) -> Option<String> {
+/// One table is one transaction: there is no moment without the rules, and those
+/// that an older flannel left go as ours come.
+pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, place: Place) -> Option<String> {
     let purpose = chain.purpose;
-    let (name, jump) = (purpose.chain(), purpose.jump());
+    let (name, parent, jump) = (purpose.chain(), purpose.parent(), purpose.jump());
     let wanted: Vec<String> = chain.lines().collect();
     // A rule without any network, like the one on the mark, belongs to all agents and stands once.
     let comment = format!("--comment \"{}\"", purpose.comment());
@@ -111,22 +135,31 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed) -> Option<String
     // insisted on the last place would never come to rest.
     let in_order = listed.rules.iter().filter(|line| !theirs(line)).eq(of_all.chain(ours));
     let jumps = listed.parent.iter().filter(|line| **line == jump).count();
+    let flat = older::left_in(rules, chain, &listed.parent);
 
     let mut text = format!("*{}\n", purpose.table());
     let mut line = |words: &str| writeln!(text, "{words}").expect("a string takes all that is written to it");
+    for rule in &flat {
+        line(&rule.replacen("-A", "-D", 1));
+    }
     if target.is_empty() {
-        if !listed.exists && jumps == 0 {
+        if !listed.exists && jumps == 0 && flat.is_empty() {
             return None;
         }
         for _ in 0..jumps {
             line(&jump.replacen("-A", "-D", 1));
         }
-        // Declaring the chain empties it, and makes it where only the jump was left.
-        line(&format!(":{name} - [0:0]"));
-        line(&format!("-X {name}"));
+        if listed.exists || jumps > 0 {
+            // Declaring the chain empties it, and makes it where only the jump was left.
+            line(&format!(":{name} - [0:0]"));
+            line(&format!("-X {name}"));
+        }
     } else {
         let standing = listed.exists && in_order;
-        if standing && jumps == 1 {
+        let shadow = shadow(rules, purpose, listed, &flat);
+        let misplaced =
+            place == Place::BeforeOthers && shadow.as_ref().is_some_and(|shadow| shadow.falls_on_us);
+        if standing && jumps == 1 && !misplaced && flat.is_empty() {
             return None;
         }
         if !standing {
@@ -135,15 +168,139 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed) -> Option<String
                 line(rule);
             }
         }
-        for _ in 1..jumps {
+        for _ in usize::from(!misplaced)..jumps {
             line(&jump.replacen("-A", "-D", 1));
         }
-        if jumps == 0 {
-            line(&jump);
+        if jumps == 0 || misplaced {
+            match shadow {
+                Some(Shadow { place, behind_operator, .. }) => {
+                    let insert = |number: usize| format!("-I {parent} {number}");
+                    let mut number = place + 1;
+                    if behind_operator {
+                        line(&operator_jump(parent).replacen("-A", "-D", 1));
+                        line(&operator_jump(parent).replacen(&format!("-A {parent}"), &insert(number), 1));
+                        number += 1;
+                    }
+                    line(&jump.replacen(&format!("-A {parent}"), &insert(number), 1));
+                }
+                None => line(&jump),
+            }
         }
     }
     line("COMMIT");
     Some(text)
+}
+
+/// The first rule that could decide about our packets before our jump does, if there is one.
+pub fn first_above<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed) -> Option<&'a str> {
+    shadow(rules, purpose, listed, &[]).filter(|shadow| shadow.falls_on_us).map(|shadow| shadow.rule)
+}
+
+/// What could decide about our packets before we do.
+struct Shadow<'a> {
+    /// The rule.
+    rule: &'a str,
+    /// Before which of the other rules our jump belongs, counted from 0.
+    place: usize,
+    /// Whether it comes before our jump.
+    falls_on_us: bool,
+    /// Whether that place is above the operator's own.
+    behind_operator: bool,
+}
+
+/// Docker's place for what the operator denies; its contract says that it comes first.
+const OPERATOR: &str = "DOCKER-USER";
+
+fn operator_jump(parent: &str) -> String {
+    format!("-A {parent} -j {OPERATOR}")
+}
+
+/// Chains in which somebody says what may pass, of us too: we never go before them.
+const POLICIES: [&str; 5] = ["cali-", "KUBE-", "CILIUM_", "WEAVE-", "FELIX-"];
+
+/// Chains that let our packets through: the operator's, other flannels', and the
+/// one in which Docker keeps its own bridges apart.
+const HARMLESS: [&str; 3] = [OPERATOR, "FLANNEL-", "DOCKER-ISOLATION-STAGE-1"];
+
+/// Targets after which a packet goes on to the next rule.
+const PASSING: [&str; 16] = [
+    "LOG",
+    "NFLOG",
+    "ULOG",
+    "TRACE",
+    "MARK",
+    "CONNMARK",
+    "SECMARK",
+    "CONNSECMARK",
+    "CLASSIFY",
+    "TCPMSS",
+    "TOS",
+    "DSCP",
+    "TTL",
+    "HL",
+    "SET",
+    "AUDIT",
+];
+
+fn shadow<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed, flat: &[&String]) -> Option<Shadow<'a>> {
+    let (parent, jump) = (purpose.parent(), purpose.jump());
+    let others = || listed.parent.iter().filter(|line| **line != jump && !flat.contains(line));
+    let is_policy =
+        |line: &&String| target(line).is_some_and(|to| POLICIES.iter().any(|policy| to.starts_with(policy)));
+    let least = others().enumerate().filter(|(_, line)| is_policy(line)).last().map_or(0, |(at, _)| at + 1);
+    let decides = |line: &str| {
+        let Some(to) = target(line) else { return false };
+        if HARMLESS.iter().any(|harmless| to.starts_with(harmless))
+            || PASSING.contains(&to)
+            || !may_be_ours(rules, line)
+        {
+            return false;
+        }
+        match purpose {
+            // We would say the same.
+            Purpose::Forward => to != "ACCEPT",
+            // Who comes from elsewhere is masqueraded by us too, or else by this rule after all.
+            Purpose::Masquerade => to != "MASQUERADE" || comes_from_us(rules, line),
+        }
+    };
+    let (place, rule) = others().enumerate().skip(least).find(|(_, line)| decides(line))?;
+    // Of several jumps the last one is kept.
+    let last = listed.parent.iter().rposition(|line| *line == jump);
+    let before = last.map(|last| {
+        let above = listed.parent[..last].iter();
+        above.filter(|line| **line != jump && !flat.contains(line)).count()
+    });
+    let operator = operator_jump(parent);
+    let behind_operator = purpose == Purpose::Forward && others().skip(place).any(|line| *line == operator);
+    Some(Shadow { rule, place, falls_on_us: before.is_some_and(|before| place < before), behind_operator })
+}
+
+/// Where a rule sends a packet.
+fn target(line: &str) -> Option<&str> {
+    after(line, &["-j", "-g"])
+}
+
+/// Whether a rule can match packets from or to our network.
+fn may_be_ours(rules: &Ruleset, line: &str) -> bool {
+    let elsewhere = |flag| only_prefix(line, flag).is_some_and(|prefix| !overlap(prefix, rules.network));
+    !(elsewhere("-s") && elsewhere("-d"))
+}
+
+/// Whether a rule can match packets from our network.
+fn comes_from_us(rules: &Ruleset, line: &str) -> bool {
+    only_prefix(line, "-s").is_none_or(|source| overlap(source, rules.network))
+}
+
+/// The prefix after a flag, unless it is turned round.
+fn only_prefix(line: &str, flag: &str) -> Option<IpNetwork> {
+    if line.contains(&format!("! {flag} ")) { None } else { after(line, &[flag])?.parse().ok() }
+}
+
+/// The word after one of these.
+fn after<'a>(line: &'a str, flags: &[&str]) -> Option<&'a str> {
+    let mut words = line.split_whitespace();
+    words.find(|word| flags.contains(word))?;
+    words.next()
 }
 
 /// The prefixes that a rule names after `-s` and `-d`.
@@ -154,130 +311,4 @@ fn prefixes(line: &str) -> impl Iterator<Item = IpNetwork> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::firewall::{Wanted, rules};
-
-    fn ruleset(masquerade: bool, forward: bool) -> Ruleset {
-        let wanted = Wanted { masquerade, random_fully: true, forward };
-        rules("10.5.0.0/16".parse().unwrap(), "10.5.86.0/24".parse().unwrap(), wanted, vec![])
-    }
-
-    fn listed(rules: &[&str], parent: &[&str]) -> Listed {
-        let owned = |lines: &[&str]| lines.iter().map(ToString::to_string).collect();
-        Listed { exists: true, rules: owned(rules), parent: owned(parent) }
-    }
-
-    const JUMP: &str = r#"-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD"#;
-    const FROM: &str = r#"-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#;
-    const TO: &str = r#"-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#;
-    const OTHER: &str = r#"-A FLANNEL-FWD -s 10.9.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#;
-
-    #[test]
-    fn masquerade_is_written_as_flannel_writes_it() {
-        let ruleset = ruleset(true, true);
-
-        let text = restore(&ruleset, &ruleset.chains[0], &Listed::default()).unwrap();
-
-        assert_eq!(
-            text,
-            r#"*nat
-:FLANNEL-POSTRTG - [0:0]
--A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.5.86.0/24 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.5.0.0/16 -d 10.5.86.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.86.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
--A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
--A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
-COMMIT
-"#
-        );
-    }
-
-    #[test]
-    fn what_stands_right_is_not_written_again() {
-        let ruleset = ruleset(false, true);
-
-        assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP])), None);
-    }
-
-    #[test]
-    fn only_a_missing_jump_is_added_to_a_chain_that_stands() {
-        let ruleset = ruleset(false, true);
-
-        let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[])).unwrap();
-
-        assert_eq!(text, format!("*filter\n{JUMP}\nCOMMIT\n"));
-    }
-
-    #[test]
-    fn a_second_jump_is_taken_away() {
-        let ruleset = ruleset(false, true);
-
-        let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP, JUMP])).unwrap();
-
-        assert_eq!(text, format!("*filter\n{}\nCOMMIT\n", JUMP.replace("-A FORWARD", "-D FORWARD")));
-    }
-
-    #[test]
-    fn rules_of_another_network_in_our_chain_keep_their_place() {
-        let ruleset = ruleset(false, true);
-
-        let text = restore(&ruleset, &ruleset.chains[1], &listed(&[TO, OTHER], &[JUMP])).unwrap();
-
-        assert_eq!(text, format!("*filter\n:FLANNEL-FWD - [0:0]\n{OTHER}\n{FROM}\n{TO}\nCOMMIT\n"));
-    }
-
-    #[test]
-    fn two_agents_in_one_chain_come_to_rest() {
-        let ruleset = ruleset(false, true);
-
-        for order in [[OTHER, FROM, TO], [FROM, OTHER, TO], [FROM, TO, OTHER]] {
-            assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed(&order, &[JUMP])), None);
-        }
-    }
-
-    #[test]
-    fn the_rule_that_names_no_network_goes_with_the_last_agent() {
-        let (on, off) = (ruleset(true, false), ruleset(false, false));
-        let jump = Purpose::Masquerade.jump();
-        let lines: Vec<String> = on.chains[0].lines().collect();
-        let other = lines[1].replace("10.5.", "10.9.");
-        let mut shown: Vec<&str> = lines.iter().map(String::as_str).collect();
-
-        let alone = restore(&off, &off.chains[0], &listed(&shown, &[&jump])).unwrap();
-        shown.push(&other);
-        let shared = restore(&off, &off.chains[0], &listed(&shown, &[&jump])).unwrap();
-
-        assert!(alone.contains("-X FLANNEL-POSTRTG"), "{alone}");
-        assert_eq!(shared, format!("*nat\n:FLANNEL-POSTRTG - [0:0]\n{}\n{other}\nCOMMIT\n", lines[0]));
-    }
-
-    #[test]
-    fn rules_that_are_no_longer_wanted_go_with_chain_and_jump() {
-        let ruleset = ruleset(false, false);
-
-        let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP])).unwrap();
-
-        let gone = JUMP.replace("-A FORWARD", "-D FORWARD");
-        assert_eq!(text, format!("*filter\n{gone}\n:FLANNEL-FWD - [0:0]\n-X FLANNEL-FWD\nCOMMIT\n"));
-    }
-
-    #[test]
-    fn nothing_wanted_and_nothing_there_needs_nothing() {
-        let ruleset = ruleset(false, false);
-
-        assert_eq!(restore(&ruleset, &ruleset.chains[0], &Listed::default()), None);
-    }
-
-    #[test]
-    fn rules_of_our_former_network_go() {
-        let mut ruleset = ruleset(false, true);
-        ruleset.former = vec!["10.9.0.0/16".parse().unwrap()];
-
-        let text = restore(&ruleset, &ruleset.chains[1], &listed(&[OTHER, FROM, TO], &[JUMP])).unwrap();
-
-        assert_eq!(text, format!("*filter\n:FLANNEL-FWD - [0:0]\n{FROM}\n{TO}\nCOMMIT\n"));
-    }
-}
+mod tests;

@@ -132,13 +132,21 @@ fn what_is_wrong_is_refused_by_key_finding_and_rule() {
             r#"{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fd05::/48"}"#,
             "EnableIPv6 is true: IPv6 is not supported yet; leave the key out and give an IPv4 Network",
         ),
-        (
-            r#"{"Network":"10.3.0.0/16","EnableNFTables":true}"#,
-            "EnableNFTables is true: the nftables engine is not supported yet; leave the key out to use iptables",
-        ),
     ] {
         assert_eq!(refusal(config), sentence, "{config}");
     }
+}
+
+#[test]
+fn the_rules_are_iptables_s_unless_the_config_says_otherwise() {
+    let engine = |key: &str| {
+        let config = NetworkConfig::parse(&format!(r#"{{"Network":"10.3.0.0/16"{key}}}"#));
+        config.and_then(NetworkConfig::supported).unwrap().engine
+    };
+
+    assert_eq!(engine(""), FirewallEngine::Iptables);
+    assert_eq!(engine(r#","EnableNFTables":false"#), FirewallEngine::Iptables);
+    assert_eq!(engine(r#","EnableNFTables":true"#), FirewallEngine::Nftables);
 }
 
 #[test]

@@ -18,12 +18,13 @@
 
 use std::io;
 
+use flannel_core::firewall::Ruleset;
 use nix::sys::socket::MsgFlags;
 use rtnetlink::packet_core::{NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NlasIterator};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 /// `NFNL_SUBSYS_NFTABLES`, the upper byte of a message's type.
-const NFTABLES: u16 = 10 << 8;
+pub(super) const NFTABLES: u16 = 10 << 8;
 
 /// `NFT_MSG_GETGEN`.
 const GET_GENERATION: u16 = NFTABLES | 16;
@@ -35,7 +36,7 @@ const NEW_GENERATION: u16 = NFTABLES | 15;
 const GENERATION_ID: u16 = 1;
 
 /// The size of `struct nfgenmsg`.
-const NETFILTER_HEADER: usize = 4;
+pub(super) const NETFILTER_HEADER: usize = 4;
 
 const REQUEST_LENGTH: usize = 16 + NETFILTER_HEADER;
 
@@ -44,6 +45,27 @@ const ANSWER_BUFFER: usize = 256;
 
 /// A socket is asked one question.
 const SEQUENCE: u32 = 1;
+
+/// The rules that were found right, and when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) rules: Ruleset,
+    /// That of nf_tables before the look, or after the write.
+    pub(super) generation: u32,
+}
+
+impl Found {
+    /// Found right by a look that came after the question for the generation.
+    pub(super) fn at(rules: Ruleset, before: Option<u32>) -> Option<Self> {
+        before.map(|generation| Self { rules, generation })
+    }
+
+    /// Made right by so many transactions; `None` if there were others among them.
+    pub(super) fn after(transactions: u32, rules: Ruleset, before: Option<u32>) -> Option<Self> {
+        let after = generation().ok()?;
+        (before?.wrapping_add(transactions) == after).then_some(Self { rules, generation: after })
+    }
+}
 
 /// Asks the kernel. It needs `CAP_NET_ADMIN`, and a kernel with nf_tables.
 pub(super) fn generation() -> io::Result<u32> {

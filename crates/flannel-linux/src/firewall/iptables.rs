@@ -10,28 +10,33 @@
 //! ```text
 //!   ask for the generation ─┬─ the one at which these rules were right ─▶ done
 //!                           └─ another, or none to be had ─▶ list ─┬─ right ─▶ remember it
-//!                                                                  └─ not ───▶ write, forget
+//!                                                                  └─ not ───▶ write
 //! ```
 //!
 //! The question comes before the lists: what changes later has a generation of its
-//! own, whether the lists show it or not, and the next call looks at it. A write is
-//! looked at by the next call too, with whatever others wrote around it.
+//! own, whether the lists show it or not, and the next call looks at it. After a
+//! write the generation is remembered if there was no transaction but ours since
+//! the question.
 //!
 //! The kernel counts one statement before it shows what has changed
 //! (`nf_tables_commit`); between the question and the lists a process is started.
 
 use std::error::Error;
-use std::io::{self, Write};
-use std::process::{Command, Output, Stdio};
+use std::io;
+use std::process::{Command, Output};
 
-use flannel_core::firewall::iptables::{Listed, restore};
+use flannel_core::firewall::iptables::{Listed, Place, first_above, restore};
 use flannel_core::firewall::{Purpose, Ruleset};
 use flannel_core::host::{Ensured, Firewall, HostError};
 use iptables::IPTables;
-use tokio::task::spawn_blocking;
-use tracing::debug;
+use tokio::time::Instant;
+use tracing::{debug, error, warn};
 
-use super::generation::generation;
+use super::generation::{Found, generation};
+use super::insistence::Insistence;
+use super::program::{self, blocking, failed};
+
+const REMEDY: &str = "install iptables, or switch --ip-masq and --iptables-forward-rules off";
 
 /// How long the programs wait for others of their kind, in seconds.
 const WAIT: &str = "--wait 5";
@@ -58,14 +63,7 @@ pub enum Family {
 pub struct IptablesFirewall {
     programs: Programs,
     found: Option<Found>,
-}
-
-/// The rules that a check found right, and when.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Found {
-    rules: Ruleset,
-    /// That of nf_tables before the check.
-    generation: u32,
+    insistence: Insistence,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,7 +100,11 @@ impl IptablesFirewall {
 
     /// The rules through programs of that name, like `iptables-legacy`.
     pub fn with_programs(program: &'static str, restorer: &'static str) -> Self {
-        Self { programs: Programs { program, restorer, version: None }, found: None }
+        Self {
+            programs: Programs { program, restorer, version: None },
+            found: None,
+            insistence: Insistence::default(),
+        }
     }
 }
 
@@ -119,9 +121,49 @@ impl Firewall for IptablesFirewall {
         let programs = self.programs;
         let rules =
             if programs.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
-        let ensured;
-        (ensured, self.found) = blocking(move || programs.ensure(rules, found)).await?;
+        let place = self.insistence.place(Instant::now());
+        // Where we insist on no place, the day comes when we do again.
+        let found = found.filter(|_| place == Place::BeforeOthers);
+        let Check { ensured, found, above } = blocking(move || programs.ensure(rules, found, place)).await?;
+        self.found = found;
+        if let Some((purpose, rule)) = above.filter(|_| place == Place::BeforeOthers) {
+            let chain = purpose.parent();
+            if self.insistence.moved(Instant::now()) {
+                error!(
+                    chain, %rule,
+                    "somebody keeps putting a rule above ours; leaving it there for a while, with what it does to the \
+                     network's packets"
+                );
+            } else {
+                warn!(chain, %rule, "a rule above ours could decide about the network's packets; ours go before it");
+            }
+        }
         Ok(ensured)
+    }
+}
+
+/// What a check has done and seen.
+struct Check {
+    ensured: Ensured,
+    found: Option<Found>,
+    /// A rule that stood above ours and could decide before them.
+    above: Option<(Purpose, String)>,
+}
+
+impl IptablesFirewall {
+    /// What lists the rules.
+    pub(super) fn program(&self) -> &'static str {
+        self.programs.program
+    }
+
+    /// Whether the rules are where the kernel tells of changes; `None` before the first check.
+    pub(super) fn is_told(&self) -> Option<bool> {
+        self.programs.version.map(|version| version.tables == Tables::Nft)
+    }
+
+    /// Whether nf_tables is as it was when the rules were found right.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.found.as_ref().is_some_and(|found| Some(found.generation) == self.programs.generation())
     }
 }
 
@@ -132,17 +174,27 @@ impl Programs {
     }
 
     /// Makes the rules stand, if it is not known that they do; tells what was found right.
-    fn ensure(self, rules: Ruleset, found: Option<Found>) -> Result<(Ensured, Option<Found>), HostError> {
-        let generation = self.generation();
-        if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == generation) {
-            return Ok((Ensured::Unchanged, found));
+    fn ensure(self, rules: Ruleset, found: Option<Found>, place: Place) -> Result<Check, HostError> {
+        let before = self.generation();
+        if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == before) {
+            return Ok(Check { ensured: Ensured::Unchanged, found, above: None });
         }
-        let ensured = self.make_stand(&rules)?;
-        let found = match ensured {
-            Ensured::Unchanged => generation.map(|generation| Found { rules, generation }),
-            Ensured::Written => None,
-        };
-        Ok((ensured, found))
+        let (mut writes, mut above) = (0, None);
+        for chain in &rules.chains {
+            let listed = self.list(chain.purpose)?;
+            if let Some(text) = restore(&rules, chain, &listed, place) {
+                if !chain.rules.is_empty() {
+                    let rule = first_above(&rules, chain.purpose, &listed);
+                    above = above.or(rule.map(|rule| (chain.purpose, rule.to_owned())));
+                }
+                self.restore(&text)?;
+                writes += 1;
+            }
+        }
+        Ok(match writes {
+            0 => Check { ensured: Ensured::Unchanged, found: Found::at(rules, before), above },
+            _ => Check { ensured: Ensured::Written, found: Found::after(writes, rules, before), above },
+        })
     }
 
     /// The generation of the tables, where they have one and we may ask for it.
@@ -151,18 +203,6 @@ impl Programs {
             return None;
         }
         generation().inspect_err(|error| debug!(%error, "cannot ask for the generation of nf_tables")).ok()
-    }
-
-    fn make_stand(self, rules: &Ruleset) -> Result<Ensured, HostError> {
-        let mut ensured = Ensured::Unchanged;
-        for chain in &rules.chains {
-            let listed = self.list(chain.purpose)?;
-            if let Some(text) = restore(rules, chain, &listed) {
-                self.restore(&text)?;
-                ensured = Ensured::Written;
-            }
-        }
-        Ok(ensured)
     }
 
     fn list(self, purpose: Purpose) -> Result<Listed, HostError> {
@@ -199,29 +239,12 @@ impl Programs {
 
     fn feed(self, text: &str) -> io::Result<Output> {
         let mut command = Command::new(self.restorer);
-        command.arg("--noflush").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.arg("--noflush");
         if self.supports_random_fully() {
             command.args(WAIT.split(' '));
         }
-        let mut child = command.spawn()?;
-        let fed = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(text.as_bytes()));
-        let output = child.wait_with_output()?;
-        // A program that ends early leaves the pipe broken; what it says is worth more.
-        match fed {
-            Err(error) if output.status.success() => Err(error),
-            _ => Ok(output),
-        }
+        program::feed(command, text)
     }
-}
-
-/// Runs what forks and waits where it holds nobody up.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
-) -> Result<T, HostError> {
-    let outcome = spawn_blocking(work).await;
-    outcome.unwrap_or_else(|error| {
-        Err(HostError::Broken { operation: "cannot ask iptables".into(), source: error.into() })
-    })
 }
 
 fn version(program: &'static str) -> Result<Version, HostError> {
@@ -249,25 +272,11 @@ fn rules_in(output: &Output) -> Vec<String> {
 }
 
 fn not_run(program: &str, error: Box<dyn Error>) -> HostError {
-    let source = match error.downcast::<io::Error>() {
-        Ok(error) if error.kind() == io::ErrorKind::NotFound => {
-            return HostError::Missing {
-                missing: program.into(),
-                remedy: "install iptables, or switch --ip-masq and --iptables-forward-rules off".into(),
-            };
+    match error.downcast::<io::Error>() {
+        Ok(error) => program::not_run(program, *error, REMEDY),
+        Err(error) => {
+            HostError::Broken { operation: format!("cannot run {program}"), source: error.to_string().into() }
         }
-        Ok(error) => (*error).into(),
-        Err(error) => error.to_string().into(),
-    };
-    HostError::Broken { operation: format!("cannot run {program}"), source }
-}
-
-fn failed(program: &str, operation: String, output: &Output) -> HostError {
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    HostError::Broken {
-        operation,
-        source: format!("{program}: {}: {}", output.status, said.join("; ")).into(),
     }
 }
 
