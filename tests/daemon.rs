@@ -109,6 +109,29 @@ fn direct_routing_takes_the_plain_way_to_a_host_on_the_same_network() {
 }
 
 #[test]
+fn a_blackhole_holds_what_no_bridge_takes_and_goes_with_its_flag() {
+    let lab = Lab::new(1);
+    lab.put_config(PREFIX, VXLAN);
+    let host = lab.host(1);
+    let mut agent = host.agent(&["--ip-blackhole-route"]);
+    let subnet = host.subnet();
+    let blackholes = || host.run(&["ip", "route", "show", "type", "blackhole"]);
+    let route = format!("blackhole {subnet}.0/24 proto 76 metric 4294967295");
+    until("the route is there", || blackholes().contains(&route) || blackholes().contains("proto flannel"));
+
+    host.bridge(&subnet);
+    let taken = host.run(&["ip", "route", "get", &format!("{subnet}.9")]);
+    host.run(&["ip", "route", "del", "blackhole", &format!("{subnet}.0/24"), "metric", "4294967295"]);
+    until("the route is back", || blackholes().contains(&format!("{subnet}.0/24")));
+    agent.kill();
+    let agent = host.agent(&[]);
+
+    assert!(!taken.contains("eth0") && !taken.contains("flannel.1"), "{taken}");
+    until("the route is gone", || blackholes().is_empty());
+    drop(agent);
+}
+
+#[test]
 fn alloc_leases_a_subnet_and_makes_nothing_and_an_unknown_key_is_named() {
     let lab = Lab::new(1);
     lab.put_config(PREFIX, r#"{"Network":"10.5.0.0/16","SubnetLenght":24,"Backend":{"Type":"alloc"}}"#);

@@ -599,6 +599,28 @@ fn a_device_that_comes_and_goes_meanwhile_is_no_error() {
     });
 }
 
+#[test]
+fn a_blackhole_for_our_subnet_stands_behind_every_other_route_to_it() {
+    on_a_host(async |mut host| {
+        let mut desired = node();
+        desired.blackholes.insert(RouteKey::blackhole("10.5.1.0/24".parse().unwrap()));
+        host.hold(&desired).await;
+        let is_dropped = |host: &Host| host.netns.attempt("ip route get 10.5.1.9").is_err();
+        assert!(is_dropped(&host));
+
+        host.run("ip link add br0 type bridge");
+        host.run("ip link set br0 up");
+        host.run("ip address add 10.5.1.1/24 dev br0");
+        assert!(host.run("ip route get 10.5.1.9").contains("dev br0"));
+        host.check(&desired).await;
+
+        host.run("ip link del br0");
+        assert!(is_dropped(&host));
+        host.hold(&node()).await;
+        assert_eq!(host.run("ip route show type blackhole"), "");
+    });
+}
+
 // What is not ours.
 
 #[test]

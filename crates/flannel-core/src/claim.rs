@@ -62,6 +62,13 @@ impl Claim {
         }
     }
 
+    /// A route that drops packets is ours if it carries our protocol and our metric and leads into the network.
+    pub fn owns_blackhole(&self, key: &RouteKey, protocol: u8) -> bool {
+        protocol == ROUTE_PROTOCOL
+            && *key == RouteKey::blackhole(key.destination)
+            && self.networks.iter().any(|network| within(*network, key.destination))
+    }
+
     /// Whether an object is ours.
     pub fn owns(&self, object: &Object) -> bool {
         match object {
@@ -70,6 +77,8 @@ impl Claim {
             Object::Neighbour(link, ..) | Object::Fdb(link, ..) => self.owns_entry(*link),
             Object::Nexthop(id, nexthop) => self.owns_nexthop(*id, nexthop),
             Object::Route(key, route) => self.owns_route(key, route),
+            // Others' are never made an object of.
+            Object::Blackhole(key) => self.owns_blackhole(key, ROUTE_PROTOCOL),
         }
     }
 
@@ -81,6 +90,7 @@ impl Claim {
         state.fdb.retain(|(link, _), _| self.owns_entry(*link));
         state.nexthops.retain(|id, nexthop| self.owns_nexthop(*id, nexthop));
         state.routes.retain(|key, route| self.owns_route(key, route));
+        state.blackholes.retain(|key| self.owns_blackhole(key, ROUTE_PROTOCOL));
     }
 
     fn contains(&self, address: IpAddr) -> bool {
@@ -150,6 +160,16 @@ mod tests {
     #[test]
     fn a_route_of_any_other_protocol_is_not_ours() {
         assert!(!owns("10.5.3.0/24", "flannel.1", 4));
+    }
+
+    #[test]
+    fn a_blackhole_is_ours_by_our_protocol_our_metric_and_the_network() {
+        let key = |text: &str| RouteKey::blackhole(text.parse().unwrap());
+
+        assert!(claim().owns_blackhole(&key("10.5.1.0/24"), ROUTE_PROTOCOL));
+        assert!(!claim().owns_blackhole(&key("10.5.1.0/24"), ROUTE_PROTOCOL_BOOT));
+        assert!(!claim().owns_blackhole(&RouteKey::to("10.5.1.0/24".parse().unwrap()), ROUTE_PROTOCOL));
+        assert!(!claim().owns_blackhole(&key("10.9.1.0/24"), ROUTE_PROTOCOL));
     }
 
     #[test]

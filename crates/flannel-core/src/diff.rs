@@ -12,6 +12,9 @@
 //!     nexthops, neighbours, fdb that go
 //! ```
 //!
+//! What drops packets that nothing else takes comes and goes at the end, and
+//! depends on nothing.
+//!
 //! A neighbour entry is in the way when it leads to a MAC whose forwarding
 //! entry is about to move to another host, and it does not belong there any
 //! more: the subnet's packets would follow the MAC. Without its entry they are
@@ -60,6 +63,10 @@ pub enum Step {
     PutNexthop(NexthopId, Nexthop),
     /// Make or replace a route.
     PutRoute(RouteKey, Route),
+    /// Make a route that drops packets.
+    PutBlackhole(RouteKey),
+    /// Delete a route that drops packets.
+    RemoveBlackhole(RouteKey),
 }
 
 impl Step {
@@ -74,6 +81,7 @@ impl Step {
             Self::PutFdb(link, mac, _) | Self::RemoveFdb(link, mac) => Key::Fdb(link, mac),
             Self::PutNexthop(id, _) | Self::RemoveNexthop(id) => Key::Nexthop(id),
             Self::PutRoute(key, _) | Self::RemoveRoute(key, _) => Key::Route(key),
+            Self::PutBlackhole(key) | Self::RemoveBlackhole(key) => Key::Blackhole(key),
         }
     }
 
@@ -86,12 +94,14 @@ impl Step {
             Self::PutFdb(link, mac, remote) => Object::Fdb(*link, *mac, *remote),
             Self::PutNexthop(id, nexthop) => Object::Nexthop(*id, *nexthop),
             Self::PutRoute(key, route) => Object::Route(*key, *route),
+            Self::PutBlackhole(key) => Object::Blackhole(*key),
             Self::RemoveLink(_)
             | Self::RemoveAddress(..)
             | Self::RemoveNeighbour(..)
             | Self::RemoveFdb(..)
             | Self::RemoveNexthop(_)
-            | Self::RemoveRoute(..) => return None,
+            | Self::RemoveRoute(..)
+            | Self::RemoveBlackhole(_) => return None,
         })
     }
 }
@@ -112,6 +122,8 @@ impl fmt::Display for Step {
             Self::PutNeighbour(link, ip, mac) => write!(f, "put neighbour {ip} lladdr {mac} dev {link}"),
             Self::PutNexthop(id, nexthop) => write!(f, "put nexthop {id} {nexthop}"),
             Self::PutRoute(key, route) => write!(f, "put route {key} {route}"),
+            Self::PutBlackhole(key) => write!(f, "put blackhole {key}"),
+            Self::RemoveBlackhole(key) => write!(f, "remove blackhole {key}"),
         }
     }
 }
@@ -190,6 +202,8 @@ impl<'a> Difference<'a> {
             .chain(nexthops_gone.map(|id| Step::RemoveNexthop(*id)))
             .chain(neighbours_gone.map(|(link, ip)| Step::RemoveNeighbour(*link, *ip)))
             .chain(fdb_gone.map(|(link, mac)| Step::RemoveFdb(*link, *mac)))
+            .chain(desired.blackholes.difference(&observed.blackholes).map(|key| Step::PutBlackhole(*key)))
+            .chain(observed.blackholes.difference(&desired.blackholes).map(|key| Step::RemoveBlackhole(*key)))
     }
 }
 

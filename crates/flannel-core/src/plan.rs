@@ -41,7 +41,7 @@ use std::collections::BTreeSet;
 
 use crate::backend::{Backend, Node};
 use crate::lease::{BackendData, Lease, Subnet};
-use crate::state::{HostState, Nexthop, NexthopId, Object};
+use crate::state::{HostState, Nexthop, NexthopId, Object, RouteKey};
 use crate::view::{Change, LeaseView};
 
 use claims::{Claimed, Claims, Rank, Standing};
@@ -115,6 +115,8 @@ pub struct Planner {
     able: bool,
     /// Whether routes by our devices lead through nexthop objects now.
     through_nexthops: bool,
+    /// Whether what of our subnet nobody has is dropped.
+    blackhole: bool,
     /// Who claims what.
     claims: Claims,
 }
@@ -129,7 +131,13 @@ struct Candidate {
 impl Planner {
     /// A planner for `node`; it knows no peers yet.
     pub fn new(backend: Box<dyn Backend>, node: Node, mode: RouteMode) -> Self {
-        Self { backend, node, mode, able: true, through_nexthops: false, claims: Claims::default() }
+        let (through_nexthops, claims) = (false, Claims::default());
+        Self { backend, node, mode, able: true, through_nexthops, blackhole: false, claims }
+    }
+
+    /// The same with a route that drops what is for our subnet and for no container in it, or without.
+    pub fn with_blackhole(self, blackhole: bool) -> Self {
+        Self { blackhole, ..self }
     }
 
     /// The node it plans for.
@@ -189,6 +197,9 @@ impl Planner {
         let HostState { links, addresses, .. } = self.backend.plan_node(&self.node);
         desired.links.extend(links);
         desired.addresses.extend(addresses);
+        if self.blackhole {
+            desired.blackholes.extend(own.networks().map(RouteKey::blackhole));
+        }
         Plan { desired, skipped }
     }
 

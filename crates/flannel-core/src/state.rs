@@ -22,6 +22,10 @@ pub const ROUTE_PROTOCOL: u8 = 76;
 /// added by hand carries (`linux/rtnetlink.h`).
 pub const ROUTE_PROTOCOL_BOOT: u8 = 3;
 
+/// The metric of the route that drops what nothing else takes: the last of all,
+/// so that docker's own route to the same subnet goes before it.
+pub const BLACKHOLE_METRIC: u32 = u32::MAX;
+
 /// An interface name: 1 to 15 bytes (`IFNAMSIZ` less the final zero).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinkName {
@@ -226,6 +230,11 @@ pub struct RouteKey {
 }
 
 impl RouteKey {
+    /// The key of the route that drops what nothing else takes.
+    pub fn blackhole(destination: IpNetwork) -> Self {
+        Self { destination, metric: BLACKHOLE_METRIC }
+    }
+
     /// The key of a route that names no metric.
     pub fn to(destination: IpNetwork) -> Self {
         Self { destination, metric: if destination.is_ipv4() { 0 } else { 1024 } }
@@ -307,6 +316,8 @@ pub enum Object {
     Nexthop(NexthopId, Nexthop),
     /// A route of the main table.
     Route(RouteKey, Route),
+    /// A route of ours in the main table that drops packets.
+    Blackhole(RouteKey),
 }
 
 /// What the kernel tells objects apart by.
@@ -324,6 +335,8 @@ pub enum Key {
     Nexthop(NexthopId),
     /// A route of the main table.
     Route(RouteKey),
+    /// A route of the main table that drops packets.
+    Blackhole(RouteKey),
 }
 
 impl Object {
@@ -336,6 +349,7 @@ impl Object {
             Self::Fdb(link, mac, _) => Key::Fdb(*link, *mac),
             Self::Nexthop(id, _) => Key::Nexthop(*id),
             Self::Route(key, _) => Key::Route(*key),
+            Self::Blackhole(key) => Key::Blackhole(*key),
         }
     }
 }
@@ -355,6 +369,8 @@ pub struct HostState {
     pub nexthops: BTreeMap<NexthopId, Nexthop>,
     /// Routes of the main table.
     pub routes: BTreeMap<RouteKey, Route>,
+    /// Routes of the main table that drop packets.
+    pub blackholes: BTreeSet<RouteKey>,
 }
 
 impl HostState {
@@ -367,6 +383,7 @@ impl HostState {
             Object::Fdb(link, mac, remote) => drop(self.fdb.insert((link, mac), remote)),
             Object::Nexthop(id, nexthop) => drop(self.nexthops.insert(id, nexthop)),
             Object::Route(key, route) => drop(self.routes.insert(key, route)),
+            Object::Blackhole(key) => drop(self.blackholes.insert(key)),
         }
     }
 
@@ -381,6 +398,7 @@ impl HostState {
             Key::Fdb(link, mac) => Object::Fdb(link, mac, *self.fdb.get(&(link, mac))?),
             Key::Nexthop(id) => Object::Nexthop(id, *self.nexthops.get(&id)?),
             Key::Route(key) => Object::Route(key, *self.routes.get(&key)?),
+            Key::Blackhole(key) => self.blackholes.get(&key).map(|key| Object::Blackhole(*key))?,
         })
     }
 
@@ -393,6 +411,7 @@ impl HostState {
             Key::Fdb(link, mac) => drop(self.fdb.remove(&(link, mac))),
             Key::Nexthop(id) => drop(self.nexthops.remove(&id)),
             Key::Route(key) => drop(self.routes.remove(&key)),
+            Key::Blackhole(key) => drop(self.blackholes.remove(&key)),
         }
     }
 
@@ -437,6 +456,7 @@ impl FromIterator<Object> for HostState {
         let mut fdb = Vec::new();
         let mut nexthops = Vec::new();
         let mut routes = Vec::new();
+        let mut blackholes = BTreeSet::new();
         for object in objects {
             match object {
                 Object::Link(name, link) => links.push((name, *link)),
@@ -445,6 +465,7 @@ impl FromIterator<Object> for HostState {
                 Object::Fdb(link, mac, remote) => fdb.push(((link, mac), remote)),
                 Object::Nexthop(id, nexthop) => nexthops.push((id, nexthop)),
                 Object::Route(key, route) => routes.push((key, route)),
+                Object::Blackhole(key) => drop(blackholes.insert(key)),
             }
         }
         Self {
@@ -454,6 +475,7 @@ impl FromIterator<Object> for HostState {
             fdb: fdb.into_iter().collect(),
             nexthops: nexthops.into_iter().collect(),
             routes: routes.into_iter().collect(),
+            blackholes,
         }
     }
 }
@@ -539,6 +561,9 @@ impl fmt::Display for HostState {
         }
         for (key, route) in &self.routes {
             writeln!(f, "route {key} {route}")?;
+        }
+        for key in &self.blackholes {
+            writeln!(f, "blackhole {key}")?;
         }
         Ok(())
     }

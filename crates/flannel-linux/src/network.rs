@@ -99,6 +99,9 @@ fn observe(kernel: &mut Kernel, claim: &Claim, can_reach: Option<IpAddr>) -> Res
     let facts = interfaces::facts(kernel, &links, &routes, can_reach)?;
     let mut state: HostState = objects.into_iter().filter(|object| claim.owns(object)).collect();
     state.routes = own_routes(&routes, &links, claim, &state).into_iter().collect();
+    let blackholes =
+        routes.iter().filter(|seen| seen.blackhole && claim.owns_blackhole(&seen.key, seen.protocol));
+    state.blackholes = blackholes.map(|seen| seen.key).collect();
     // What happens to a device happens to the routes by it, of which the kernel does not always tell.
     kernel.monitor.use_only(state.routes.values().map(|route| route.link).collect());
     kernel.monitor.know(links);
@@ -273,6 +276,8 @@ impl<'a> Pass<'a> {
     fn request(&mut self, step: &Step) -> Result<Result<Request, Option<String>>, NetlinkError> {
         let link = match step {
             Step::RemoveNexthop(id) => return Ok(Ok(nexthop::remove(*id))),
+            Step::PutBlackhole(key) => return Ok(Ok(route::put_blackhole(key))),
+            Step::RemoveBlackhole(key) => return Ok(Ok(route::remove_blackhole(key))),
             Step::RemoveRoute(_, route) | Step::PutRoute(_, route) => route.link,
             Step::PutNexthop(_, nexthop) => nexthop.link,
             Step::RemoveNeighbour(link, _)
@@ -296,6 +301,8 @@ impl<'a> Pass<'a> {
             }
             Step::PutNexthop(id, nexthop) => nexthop::put(*id, nexthop, index),
             Step::RemoveNexthop(id) => nexthop::remove(*id),
+            Step::PutBlackhole(key) => route::put_blackhole(key),
+            Step::RemoveBlackhole(key) => route::remove_blackhole(key),
             Step::RemoveNeighbour(_, ip) => {
                 self.kernel.monitor.will_delete(index, *ip);
                 neighbour::remove(index, *ip)
@@ -505,6 +512,7 @@ fn is_removal(step: &Step) -> bool {
             | Step::RemoveNeighbour(..)
             | Step::RemoveFdb(..)
             | Step::RemoveNexthop(_)
+            | Step::RemoveBlackhole(_)
             | Step::RemoveAddress(..)
             | Step::RemoveLink(_)
     )

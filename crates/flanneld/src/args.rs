@@ -112,7 +112,11 @@ struct Args {
     #[arg(long, value_name = "BOOL", help_heading = RULES, default_value = "true", value_parser = go::boolean)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set)]
     iptables_forward_rules: bool,
-    /// Seconds between checks of the rules (1 to 86400)
+    /// Drop what is for our subnet while no bridge is there to take it, instead of sending it back to the network
+    #[arg(long, value_name = "BOOL", help_heading = RULES, default_value = "false", value_parser = go::boolean)]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set)]
+    ip_blackhole_route: bool,
+    /// Seconds between checks of the rules (1 to 86400); where they are in nf_tables, changes are seen at once
     #[arg(long, value_name = "SECONDS", help_heading = RULES, default_value = "5", value_parser = go::integer)]
     iptables_resync: i64,
 
@@ -148,10 +152,6 @@ struct Args {
     /// IPv6 address that other hosts reach this one by
     #[arg(long, value_name = "IP", help_heading = LATER, default_value = "")]
     public_ipv6: String,
-    /// Blackhole route for what of our subnet no container has
-    #[arg(long, value_name = "BOOL", help_heading = LATER, default_value = "false", value_parser = go::boolean)]
-    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set)]
-    ip_blackhole_route: bool,
     /// Use the Kubernetes API instead of etcd
     #[arg(long, value_name = "BOOL", help_heading = LATER, default_value = "false", value_parser = go::boolean)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set)]
@@ -229,6 +229,8 @@ pub struct Settings {
     pub random_fully: bool,
     /// `--iptables-forward-rules`.
     pub forward: bool,
+    /// `--ip-blackhole-route`.
+    pub blackhole: bool,
     /// `--iptables-resync`.
     pub rules_interval: Duration,
     /// `--healthz-ip` and `--healthz-port`.
@@ -518,6 +520,7 @@ impl Args {
             masquerade: self.ip_masq,
             random_fully: !self.ip_masq_fully_random_disable,
             forward: self.iptables_forward_rules,
+            blackhole: self.ip_blackhole_route,
             rules_interval: seconds(self.iptables_resync),
             health,
             audit_interval: seconds(self.audit_interval),
@@ -537,11 +540,6 @@ impl Args {
         let kubernetes = "the Kubernetes subnet manager is not there yet; leave it out and use etcd";
         for (flag, asked, what) in [
             ("public-ipv6", !self.public_ipv6.is_empty(), "IPv6 is not there yet; leave it out"),
-            (
-                "ip-blackhole-route",
-                self.ip_blackhole_route,
-                "the blackhole route is not there yet; leave it out",
-            ),
             ("kube-subnet-mgr", self.kube_subnet_mgr, kubernetes),
             ("kube-api-url", !self.kube_api_url.is_empty(), kubernetes),
             ("kubeconfig-file", !self.kubeconfig_file.is_empty(), kubernetes),

@@ -194,7 +194,7 @@ pub async fn join<S: LeaseStore, N: Network>(
             "--route-mode nexthop has no effect: this backend has no device of its own, and routes by others are plain"
         );
     }
-    let planner = Planner::new(place.backend, node, settings.route_mode);
+    let planner = Planner::new(place.backend, node, settings.route_mode).with_blackhole(settings.blackhole);
     Ok(Parts {
         store,
         reconciler: Reconciler::new(network, planner, place.claim, settings.selection.clone()),

@@ -475,3 +475,15 @@ proptest! {
         prop_assert_eq!(skipped(&leases), skipped(&[leases.clone(), vec![joined]].concat()));
     }
 }
+
+#[test]
+fn a_blackhole_for_our_subnet_is_planned_if_asked_for() {
+    let view = LeaseView::default();
+
+    let with = planner(RouteMode::Auto).with_blackhole(true).plan(&view).desired;
+    let without = planner(RouteMode::Auto).plan(&view).desired;
+
+    let own = planner(RouteMode::Auto).node().lease.subnet.networks().map(RouteKey::blackhole);
+    assert_eq!(with.blackholes, own.collect());
+    assert_eq!(without.blackholes, [].into());
+}

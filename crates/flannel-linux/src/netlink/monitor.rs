@@ -350,6 +350,9 @@ impl Monitor {
     fn take_route(&mut self, stands: bool, payload: &[u8]) {
         let Some(seen) = route::decode(payload) else { return };
         let RouteKey { destination, .. } = seen.key;
+        if seen.blackhole && self.claim.owns_blackhole(&seen.key, seen.protocol) {
+            return self.object(Key::Blackhole(seen.key), stands.then_some(Object::Blackhole(seen.key)));
+        }
         let name = seen.link.and_then(|index| self.watched.get(&index)).map(|link| link.name);
         if self.claim.networks.iter().any(|network| within(*network, destination))
             || name.is_some_and(|name| self.claim.owns_link(name))

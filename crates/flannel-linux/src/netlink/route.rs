@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 
-use flannel_core::state::{LinkName, Nexthop, NexthopId, Route, RouteKey};
+use flannel_core::state::{LinkName, Nexthop, NexthopId, ROUTE_PROTOCOL, Route, RouteKey};
 use ipnetwork::IpNetwork;
 use nix::errno::Errno;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -35,12 +35,17 @@ const ONLINK: u32 = 4;
 /// `RTN_UNICAST`.
 const UNICAST: u8 = 1;
 
+/// `RTN_BLACKHOLE`.
+const BLACKHOLE: u8 = 6;
+
 /// A route as the kernel describes it; its device by index.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SeenRoute {
     pub(crate) key: RouteKey,
     /// Whether it leads anywhere: others drop or refuse packets.
     pub(crate) unicast: bool,
+    /// Whether it drops packets without a word.
+    pub(crate) blackhole: bool,
     /// The first one of a route over several; `None` for one of which only its nexthop object is told.
     pub(crate) link: Option<u32>,
     /// Whether it leads over several.
@@ -140,14 +145,38 @@ pub(crate) fn remove(key: &RouteKey, route: &Route, index: u32) -> Request {
     Request { flags: 0, message: RouteNetlinkMessage::DelRoute(message).into() }
 }
 
-fn naming(key: &RouteKey, route: &Route, index: u32) -> RouteMessage {
+/// Makes a route that drops packets.
+pub(crate) fn put_blackhole(key: &RouteKey) -> Request {
+    let message = blackhole(key);
+    Request { flags: NLM_F_CREATE | NLM_F_REPLACE, message: RouteNetlinkMessage::NewRoute(message).into() }
+}
+
+/// Deletes a route of ours that drops packets.
+pub(crate) fn remove_blackhole(key: &RouteKey) -> Request {
+    let mut message = blackhole(key);
+    message.header.scope = RouteScope::NoWhere;
+    Request { flags: 0, message: RouteNetlinkMessage::DelRoute(message).into() }
+}
+
+fn blackhole(key: &RouteKey) -> RouteMessage {
+    let mut message = to(key, ROUTE_PROTOCOL, RouteType::BlackHole);
+    message.attributes.push(RouteAttribute::Priority(key.metric));
+    message
+}
+
+fn to(key: &RouteKey, protocol: u8, kind: RouteType) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(key.destination.ip());
     message.header.destination_prefix_length = key.destination.prefix();
     message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.protocol = RouteProtocol::from(route.protocol);
-    message.header.kind = RouteType::Unicast;
+    message.header.protocol = RouteProtocol::from(protocol);
+    message.header.kind = kind;
     message.attributes = vec![RouteAttribute::Destination(key.destination.network().into())];
+    message
+}
+
+fn naming(key: &RouteKey, route: &Route, index: u32) -> RouteMessage {
+    let mut message = to(key, route.protocol, RouteType::Unicast);
     match route.nexthop {
         Some(id) => message.attributes.push(RouteAttribute::NhId(id.0.get())),
         None => {
@@ -201,8 +230,8 @@ pub(crate) fn decode(payload: &[u8]) -> Option<SeenRoute> {
     }
     let onlink = number_at(payload, 8)? & ONLINK != 0;
     let key = RouteKey { destination: IpNetwork::new(destination, length).ok()?, metric };
-    let unicast = kind == UNICAST;
-    Some(SeenRoute { key, unicast, link, several, gateway, onlink, protocol, decorated, nexthop })
+    let (unicast, blackhole) = (kind == UNICAST, kind == BLACKHOLE);
+    Some(SeenRoute { key, unicast, blackhole, link, several, gateway, onlink, protocol, decorated, nexthop })
 }
 
 fn address_of(address: &RouteAddress) -> Option<IpAddr> {

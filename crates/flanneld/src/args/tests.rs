@@ -159,7 +159,6 @@ fn a_flag_of_a_part_that_does_not_exist_yet_is_refused_by_name() {
         "-kube-annotation-prefix=x",
         "-net-config-path=x",
         "-set-node-network-unavailable=false",
-        "-ip-blackhole-route",
         "-public-ipv6=fd00::1",
     ] {
         let mistakes = read(&[word], &[]).unwrap_err();
