@@ -7,7 +7,7 @@
 //! flanneld is measured too.
 //!
 //! ```text
-//!   start, join, event, churn, stand     a figure each
+//!   start, join, event, churn, stand, rules     a figure each
 //!        │
 //!        ├─▶ cluster   leases in etcd, and what the kernel has to hold
 //!        ├─▶ kernel    what it holds, by ip and bridge, and what they take to make it
@@ -21,6 +21,7 @@ mod event;
 mod join;
 mod kernel;
 mod monitor;
+mod rules;
 mod stand;
 mod start;
 mod table;
@@ -85,7 +86,7 @@ impl Bench {
 /// A work and what measures it.
 type Work = (&'static str, fn(&Bench) -> Vec<Row>);
 
-const WORK: [Work; 7] = [
+const WORK: [Work; 8] = [
     ("join", join::rows),
     ("event", event::rows),
     ("churn", churn::rows),
@@ -93,6 +94,7 @@ const WORK: [Work; 7] = [
     ("repair", stand::repair),
     ("again", stand::again),
     ("idle", stand::idle),
+    ("rules", rules::rows),
 ];
 
 fn main() {
