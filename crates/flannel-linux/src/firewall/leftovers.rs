@@ -14,18 +14,23 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use flannel_core::chain::chain;
 use flannel_core::firewall::Ruleset;
 use flannel_core::host::{Ensured, Firewall};
 use flannel_core::network::FirewallEngine;
 use ipnetwork::IpNetwork;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::generation::generation;
 use super::iptables::{Family, IptablesFirewall};
 use super::nftables::NftablesFirewall;
 use super::program::blocking;
+
+/// Between attempts to clear away what does not go.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// Both kinds of iptables on this host, and whether they have been asked.
 #[derive(Debug)]
@@ -34,6 +39,8 @@ pub(super) struct Leftovers {
     family: Family,
     /// The networks whose rules were cleared away.
     swept: Option<Vec<IpNetwork>>,
+    /// When what could not be cleared away is tried again.
+    again: Option<Instant>,
     /// Whether rules in both kinds of iptables were looked for.
     compared: bool,
 }
@@ -74,7 +81,7 @@ pub(super) fn legacy_kind(family: Family) -> Kind {
 
 impl Leftovers {
     pub(super) fn new(engine: FirewallEngine, family: Family) -> Self {
-        Self { engine, family, swept: None, compared: false }
+        Self { engine, family, swept: None, again: None, compared: false }
     }
 
     /// Clears away what the other engines hold of these networks, once; `on_nft`
@@ -83,7 +90,8 @@ impl Leftovers {
         let networks: Vec<IpNetwork> =
             [rules.network].into_iter().chain(rules.former.iter().copied()).collect();
         let is_swept = |swept: &Vec<IpNetwork>| networks.iter().all(|network| swept.contains(network));
-        if self.swept.as_ref().is_some_and(is_swept) {
+        if self.swept.as_ref().is_some_and(is_swept) || self.again.is_some_and(|again| Instant::now() < again)
+        {
             return;
         }
         let nothing = rules.without_rules();
@@ -119,7 +127,9 @@ impl Leftovers {
             self.warn_of_both().await;
         }
         if all {
-            self.swept = Some(networks);
+            (self.swept, self.again) = (Some(networks), None);
+        } else {
+            self.again = Some(Instant::now() + AGAIN);
         }
     }
 

@@ -31,8 +31,8 @@ pub struct NftablesFirewall {
 #[derive(Clone, Copy, Debug)]
 struct Nft {
     program: &'static str,
-    /// Whether the kernel can masquerade from a port that nobody can guess; asked
-    /// for with the first rules that want it.
+    /// Whether the kernel can masquerade from a port that nobody can guess; the
+    /// first rules that want it tell.
     random_fully: Option<bool>,
 }
 
@@ -84,41 +84,40 @@ impl Nft {
             return Ok((Ensured::Unchanged, found));
         }
         let listed = self.list(Table::of(rules.network))?;
-        let Some(text) = self.missing(&rules, &listed)? else {
-            return Ok((Ensured::Unchanged, Found::at(rules, before)));
+        Ok(match self.make_stand(&rules, &listed)? {
+            Ensured::Unchanged => (Ensured::Unchanged, Found::at(rules, before)),
+            Ensured::Written => (Ensured::Written, Found::after(1, rules, before)),
+        })
+    }
+
+    fn make_stand(&mut self, rules: &Ruleset, listed: &Listed) -> Result<Ensured, HostError> {
+        let plain = rules.without_random_fully();
+        if self.random_fully == Some(false) || *rules == plain {
+            return self.write(replace(&plain, listed));
+        }
+        let refused = match self.write(replace(rules, listed)) {
+            Ok(Ensured::Written) => {
+                self.random_fully = Some(true);
+                return Ok(Ensured::Written);
+            }
+            Err(refused @ HostError::Broken { .. }) if self.random_fully.is_none() => refused,
+            other => return other,
         };
+        // Whether it is for want of that.
+        let ensured = self.write(replace(&plain, listed)).map_err(|_| refused)?;
+        warn!("this kernel's nftables knows no fully-random; masquerading without it");
+        self.random_fully = Some(false);
+        Ok(ensured)
+    }
+
+    fn write(&self, text: Option<String>) -> Result<Ensured, HostError> {
+        let Some(text) = text else { return Ok(Ensured::Unchanged) };
         debug!(program = self.program, text, "writing rules");
         let output = self.feed(&["-f", "-"], &text)?;
         if !output.status.success() {
             return Err(failed(self.program, "cannot write the rules".into(), &output));
         }
-        Ok((Ensured::Written, Found::after(1, rules, before)))
-    }
-
-    /// What is to be written; `None` if all stands.
-    fn missing(&mut self, rules: &Ruleset, listed: &Listed) -> Result<Option<String>, HostError> {
-        let plain = rules.without_random_fully();
-        if self.random_fully == Some(false) {
-            return Ok(replace(&plain, listed));
-        }
-        let Some(text) = replace(rules, listed) else { return Ok(None) };
-        if self.random_fully == Some(true) || *rules == plain {
-            return Ok(Some(text));
-        }
-        // Checked by the kernel, and not done.
-        let is_taken = |text: &str| Ok::<_, HostError>(self.feed(&["-c", "-f", "-"], text)?.status.success());
-        if is_taken(&text)? {
-            self.random_fully = Some(true);
-            return Ok(Some(text));
-        }
-        match replace(&plain, listed) {
-            Some(plain) if !is_taken(&plain)? => Ok(Some(text)),
-            plain => {
-                warn!("this kernel's nftables knows no fully-random; masquerading without it");
-                self.random_fully = Some(false);
-                Ok(plain)
-            }
-        }
+        Ok(Ensured::Written)
     }
 
     fn list(&self, Table { family, name }: Table) -> Result<Listed, HostError> {

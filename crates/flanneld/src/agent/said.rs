@@ -21,6 +21,9 @@ use crate::reconcile::{Outcome, Planned, Seen};
 use crate::state_dir::StateError;
 use crate::subnet_file::{SubnetFile, SubnetFileError};
 
+/// Rules that are written again within that are not worth a line each.
+const RULES_AGAIN: Duration = Duration::from_secs(60);
+
 /// How many keys that are no lease are remembered.
 const MOST_UNREADABLE: usize = 1000;
 
@@ -47,6 +50,8 @@ pub(super) struct Said {
     in_sync: bool,
     renewal: Option<String>,
     rules: Option<String>,
+    /// When that rules were written was last told, and how often it was not since.
+    rules_written: Option<(Instant, usize)>,
     file: Option<String>,
     note: Option<String>,
 }
@@ -311,7 +316,23 @@ impl Said {
             }
             (Ok(Ensured::Written), _) => {
                 self.rules = None;
-                info!("traffic rules written");
+                match &mut self.rules_written {
+                    Some((told, untold)) if told.elapsed() < RULES_AGAIN => {
+                        *untold += 1;
+                        debug!("traffic rules written again");
+                    }
+                    Some((_, untold @ 1..)) => {
+                        info!(
+                            times = *untold + 1,
+                            "traffic rules written again and again: somebody keeps changing them"
+                        );
+                        self.rules_written = Some((Instant::now(), 0));
+                    }
+                    _ => {
+                        info!("traffic rules written");
+                        self.rules_written = Some((Instant::now(), 0));
+                    }
+                }
             }
             _ if self.rules.take().is_some() => info!("traffic rules stand again"),
             _ => {}
