@@ -619,7 +619,7 @@ fn a_rule_that_somebody_puts_above_ours_comes_after_them() {
 }
 
 #[test]
-fn somebody_who_insists_on_being_first_is_let_be_for_a_while() {
+fn somebody_who_insists_on_being_first_is_let_be_now_and_then() {
     with_both(async |mut host| {
         host.ensure(&ours(ALL)).await;
         let mut moves = 0;

@@ -417,6 +417,35 @@ fn a_flush_is_heard_of_at_once() {
 }
 
 #[test]
+fn a_place_that_somebody_took_again_and_again_is_taken_back_in_a_while() {
+    with_all_tools(async |netns| {
+        for (firewall, program) in
+            [(on_nft as fn() -> LinuxFirewall, "iptables-nft"), (legacy, "iptables-legacy")]
+        {
+            let mut firewall = firewall();
+            firewall.ensure(&ours(ALL)).await.unwrap();
+            netns.run(&format!("{program} -A FORWARD -j DROP"));
+            while {
+                netns.run(&format!("{program} -D FORWARD -j DROP"));
+                netns.run(&format!("{program} -I FORWARD -j DROP"));
+                firewall.ensure(&ours(ALL)).await.unwrap() == Ensured::Written
+            } {}
+
+            timeout(Duration::from_secs(5), async {
+                while firewall.ensure(&ours(ALL)).await.unwrap() == Ensured::Unchanged {
+                    firewall.changed().await;
+                }
+            })
+            .await
+            .expect("it is taken back");
+
+            let shown = netns.run(&format!("{program} -S FORWARD"));
+            assert!(shown.lines().nth(1).unwrap().ends_with("FLANNEL-FWD"), "{shown}");
+        }
+    });
+}
+
+#[test]
 fn an_old_dump_that_is_restored_is_heard_of_at_once() {
     with_all_tools(async |netns| {
         let directory = tempfile::tempdir().unwrap();

@@ -61,6 +61,14 @@ impl Engine {
             Self::Nftables(nftables) => nftables.is_at_rest(),
         }
     }
+
+    /// When rules that had to be left as they are may be put right.
+    fn waits_until(&self) -> Option<Instant> {
+        match self {
+            Self::Iptables(iptables) => iptables.waits_until(),
+            Self::Nftables(_) => None,
+        }
+    }
 }
 
 impl LinuxFirewall {
@@ -128,14 +136,30 @@ impl Firewall for LinuxFirewall {
     }
 
     async fn changed(&mut self) {
-        let Some(ear) = &mut self.ear else { return std::future::pending().await };
+        let waits_until = self.engine.waits_until().filter(|until| *until > Instant::now());
         loop {
             if !self.heard {
-                ear.heard().await;
-                self.heard = true;
+                let heard = async {
+                    match &mut self.ear {
+                        Some(ear) => ear.heard().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let due = async {
+                    match waits_until {
+                        Some(until) => sleep_until(until).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    () = heard => self.heard = true,
+                    () = due => return,
+                }
             }
             sleep_until(self.rests_until.max(Instant::now() + TOGETHER)).await;
-            ear.forget();
+            if let Some(ear) = &mut self.ear {
+                ear.forget();
+            }
             self.heard = false;
             // Or else it was we who changed something.
             if !self.engine.is_at_rest() {

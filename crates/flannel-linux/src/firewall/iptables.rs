@@ -30,7 +30,7 @@ use flannel_core::firewall::{Purpose, Ruleset};
 use flannel_core::host::{Ensured, Firewall, HostError};
 use iptables::IPTables;
 use tokio::time::Instant;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use super::generation::{Found, generation};
 use super::insistence::Insistence;
@@ -122,18 +122,20 @@ impl Firewall for IptablesFirewall {
         let rules =
             if programs.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
         let place = self.insistence.place(Instant::now());
-        // Where we insist on no place, the day comes when we do again.
-        let found = found.filter(|_| place == Place::BeforeOthers);
         let Check { ensured, found, above } = blocking(move || programs.ensure(rules, found, place)).await?;
-        self.found = found;
+        // Where we insist on no place now, the next check may again.
+        self.found = found.filter(|_| place == Place::BeforeOthers);
         if let Some((purpose, rule)) = above.filter(|_| place == Place::BeforeOthers) {
             let chain = purpose.parent();
             if self.insistence.moved(Instant::now()) {
                 error!(
                     chain, %rule,
-                    "somebody keeps putting a rule above ours; leaving it there for a while, with what it does to the \
+                    "somebody keeps putting a rule above ours; leaving it there for ten minutes, with what it does to the \
                      network's packets"
                 );
+            } else if rule.contains(" -j DOCKER") {
+                // It does so whenever it starts.
+                info!(chain, %rule, "docker has put a rule above ours; ours go before it");
             } else {
                 warn!(chain, %rule, "a rule above ours could decide about the network's packets; ours go before it");
             }
@@ -154,6 +156,11 @@ impl IptablesFirewall {
     /// What lists the rules.
     pub(super) fn program(&self) -> &'static str {
         self.programs.program
+    }
+
+    /// When our jumps may be moved again, if they had to be left where they were.
+    pub(super) fn waits_until(&self) -> Option<Instant> {
+        self.insistence.waits_until().filter(|_| self.found.is_none())
     }
 
     /// Whether the rules are where the kernel tells of changes; `None` before the first check.
