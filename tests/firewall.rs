@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use flannel_core::firewall::{Purpose, Ruleset, Wanted, rules};
 use flannel_core::host::{Ensured, Firewall, HostError};
-use flannel_linux::IptablesFirewall;
+use flannel_linux::{IptablesFirewall, NftablesFirewall};
 use flannel_tests::netns::{Netns, in_netns};
 use flannel_tests::{need, pass_over};
 use ipnetwork::IpNetwork;
@@ -460,6 +460,34 @@ fn a_lock_that_somebody_holds_is_an_error_in_the_end() {
         let HostError::Broken { operation, source } = error else { panic!("{error:?}") };
         assert_eq!(operation, "somebody holds the xtables lock");
         assert!(source.to_string().contains("fuser"), "{source}");
+    });
+}
+
+#[test]
+fn a_part_of_the_kernel_that_is_missing_is_named() {
+    with(NFT, async |host| {
+        let directory = tempfile::tempdir().unwrap();
+        let words = "can't initialize iptables table `nat': Table does not exist (do you need to insmod?)";
+        let text = format!(
+            "echo 'iptables v1.8.9 (legacy)'\n[ \"$1\" = --version ] && exit\ncat >&2 <<'-'\n{words}\n-\nexit 3"
+        );
+        let iptables = script(&host.netns, &directory.path().join("iptables"), &text);
+        let words = "/dev/stdin:4:8-14: Error: Could not process rule: No such file or directory";
+        let text = format!(
+            "echo '{words}' >&2\n[ \"$1\" = -f ] || echo 'Error: No such file or directory' >&2\nexit 1"
+        );
+        let nft = script(&host.netns, &directory.path().join("nft"), &text);
+
+        let iptables = IptablesFirewall::with_programs(iptables, NFT.restorer).ensure(&ours(ALL)).await;
+        let nft = NftablesFirewall::with_program(nft).ensure(&ours(ALL)).await;
+
+        for (result, part) in [(iptables, "table `nat'"), (nft, "Could not process rule")] {
+            let error = result.unwrap_err();
+            assert!(
+                matches!(&error, HostError::Missing { missing, .. } if missing.contains(part)),
+                "{error:?}"
+            );
+        }
     });
 }
 

@@ -100,7 +100,7 @@ impl Nft {
                 self.random_fully = Some(true);
                 return Ok(Ensured::Written);
             }
-            Err(refused @ HostError::Broken { .. }) if self.random_fully.is_none() => refused,
+            Err(refused) if self.random_fully.is_none() => refused,
             other => return other,
         };
         // Whether it is for want of that.

@@ -40,6 +40,17 @@ pub(super) fn not_run(program: &str, error: io::Error, remedy: &str) -> HostErro
     HostError::Broken { operation: format!("cannot run {program}"), source: error.into() }
 }
 
+/// What programs say where the kernel lacks a part.
+const LACKS: [&str; 6] = [
+    "Table does not exist",
+    "missing kernel module",
+    "do you need to insmod",
+    "Protocol not supported",
+    // What nft says of a chain or a statement that the kernel has no module for.
+    "Could not process rule: No such file or directory",
+    "Could not process rule: Operation not supported",
+];
+
 /// A program that was not content.
 pub(super) fn failed(program: &str, operation: String, output: &Output) -> HostError {
     let said = String::from_utf8_lossy(&output.stderr);
@@ -52,12 +63,12 @@ pub(super) fn failed(program: &str, operation: String, output: &Output) -> HostE
             source: "another iptables keeps it; `fuser /run/xtables.lock` names its process".into(),
         };
     }
-    let lacks =
-        ["Table does not exist", "missing kernel module", "do you need to insmod", "Protocol not supported"];
-    if lacks.iter().any(|words| said.contains(words)) {
+    if LACKS.iter().any(|words| said.contains(words)) {
         return HostError::Missing {
-            missing: format!("what {program} needs of the kernel ({said})"),
-            remedy: "load the module that it names, or take a kernel that has it".into(),
+            missing: format!("a part of the kernel that {program} needs ({said})"),
+            remedy: "load its module, or take a kernel that has it; masquerading needs NAT, and comments and marks \
+                     their matches"
+                .into(),
         };
     }
     HostError::Broken { operation, source: format!("{program}: {}: {said}", output.status).into() }
