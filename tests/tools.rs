@@ -74,7 +74,7 @@ impl Holder {
 
 #[test]
 fn a_lock_that_is_held_holds_up_nothing_but_the_rules() {
-    if !need("iptables-legacy") || !need("flock") {
+    if !need("iptables-legacy") || !need("flock") || !need("ps") {
         return;
     }
     let (_lab, host) = lab(IPTABLES);
