@@ -9,6 +9,7 @@ pub mod lab;
 pub mod leases;
 pub mod memory_store;
 pub mod netns;
+pub mod packets;
 pub mod sim;
 pub mod sim_etcd;
 pub mod tracer;
