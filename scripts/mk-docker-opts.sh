@@ -11,10 +11,14 @@ key=DOCKER_OPTS
 individual=no
 combined=no
 ip_masq=yes
+engine=ask
+daemon_json=/etc/docker/daemon.json
+# The mark by which the agent's traffic rules point out packets of the network.
+mark=0x1000/0x1000
 
 usage() {
     cat >&2 <<USAGE
-Usage: $0 [-f FILE] [-d FILE] [-i] [-c] [-m] [-k KEY]
+Usage: $0 [-f FILE] [-d FILE] [-i] [-c] [-m] [-k KEY] [-e VERSION] [-j FILE]
 
 Writes dockerd options that match a flannel subnet.
 
@@ -24,6 +28,8 @@ Writes dockerd options that match a flannel subnet.
   -c       only one variable with all options
   -k KEY   name of that one variable (default: $key)
   -m       leave --ip-masq out
+  -e VERSION  which dockerd they are for (default: the one that is installed)
+  -j FILE  what dockerd is told already (default: $daemon_json)
 USAGE
     exit 1
 }
@@ -33,7 +39,7 @@ refuse() {
     exit 1
 }
 
-while getopts f:d:k:icmh option; do
+while getopts f:d:k:e:j:icmh option; do
     case $option in
     f) subnet_file=$OPTARG ;;
     d) output=$OPTARG ;;
@@ -41,6 +47,8 @@ while getopts f:d:k:icmh option; do
     i) individual=yes ;;
     c) combined=yes ;;
     m) ip_masq=no ;;
+    e) engine=$OPTARG ;;
+    j) daemon_json=$OPTARG ;;
     *) usage ;;
     esac
 done
@@ -78,6 +86,37 @@ if [ $ip_masq = yes ]; then
     '') ;;
     *) refuse "$subnet_file: FLANNEL_IPMASQ is $FLANNEL_IPMASQ, must be true or false" ;;
     esac
+fi
+
+# since MAJOR MINOR: whether the engine is that one or a later one. Without an engine, and
+# with one whose version is no number, what was always right has to do.
+since() {
+    [ "$major" -gt "$1" ] || { [ "$major" -eq "$1" ] && [ "$minor" -ge "$2" ]; }
+}
+
+# told NAME: whether daemon.json has that option. A flag beside it would keep dockerd from starting.
+told() {
+    grep -qs "\"$1\"" "$daemon_json"
+}
+
+if [ "$engine" = ask ]; then
+    engine=$(dockerd --version 2>/dev/null | sed -n 's/^Docker version \([^ ,]*\).*/\1/p' || true)
+fi
+major=${engine%%.*}
+minor=${engine#*.}
+minor=${minor%%[!0-9]*}
+case $major in '' | *[!0-9]*) major=0 ;; esac
+: "${minor:=0}"
+
+# Engines drop what other hosts send to a container unless told otherwise: the first option
+# takes a rule of the raw table away, the second has the others let our packets through.
+if [ -n "${FLANNEL_SUBNET-}" ]; then
+    if since 28 2 && ! told allow-direct-routing; then
+        DOCKER_OPT_DIRECT_ROUTING=--allow-direct-routing
+    fi
+    if since 29 0 && ! told bridge-accept-fwmark; then
+        DOCKER_OPT_FWMARK=--bridge-accept-fwmark=$mark
+    fi
 fi
 
 # Every DOCKER_OPT_ variable counts, so the caller can add one (DOCKER_OPT_DNS=--dns=...).
