@@ -38,54 +38,56 @@ const SOURCES: &str = "
 
 /// What arrives with our rules, whatever the policy of FORWARD.
 ///
-/// `old` is 20.10, 24 and 27. A `+` behind a version is for the options, or the
-/// variable, that `mk-docker-opts.sh` gives it. In a cell, `m` is for: with `--ip-masq`.
+/// `old` is 20.10, 24 and 27. A `+` behind a version is for all the options that there
+/// are for it, `29nft-` for `--allow-direct-routing` alone, and `28.2raw` for none, but
+/// an accept of ours in front of Docker's raw rules, for what comes from the network.
+/// In a cell, `m` is for: with `--ip-masq`.
 const WITH_OURS: &str = "
-                                    | old   28.0 28.0+   28.2 28.2+   29nft 29nft+
-    pod → remote pod                | +     +    +       -    +       -     +
-    pod → pod beside it             | +     +    +       +    +       +     +
-    pod → outside                   | +     +    +       m    +       m     +
-    pod → remote host               | +     +    +       m    +       m     +
-    pod → remote published pod      | +     -    +       -    +       -     +
-    pod → remote host's port        | +     +    +       m    +       m     +
-    host → its pod                  | +     +    +       +    +       +     +
-    host → remote pod               | +     +    +       -    +       -     +
-    host by its eth0 → remote pod   | +     +    +       -    +       -     m
-    outside → pod                   | +     +    +       -    +       -     -
-    outside → host's port           | +     +    +       +    +       +     +
+                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | +     +    +      -    +      +        -      -       +
+    pod → pod beside it             | +     +    +      +    +      +        +      +       +
+    pod → outside                   | +     +    +      m    +      m        m      +       +
+    pod → remote host               | +     +    +      m    +      m        m      +       +
+    pod → remote published pod      | +     -    +      -    +      +        -      +       +
+    pod → remote host's port        | +     +    +      m    +      m        m      +       +
+    host → its pod                  | +     +    +      +    +      +        +      +       +
+    host → remote pod               | +     +    +      -    +      +        -      -       +
+    host by its eth0 → remote pod   | +     +    +      -    +      m        -      -       m
+    outside → pod                   | +     +    +      -    +      -        -      -       -
+    outside → host's port           | +     +    +      +    +      +        +      +       +
 ";
 
 /// What arrives without our rules where FORWARD accepts.
 const ACCEPTING: &str = "
-                                    | old   28.0 28.0+   28.2 28.2+   29nft 29nft+
-    pod → remote pod                | +     -    -       -    -       -     -
-    pod → pod beside it             | +     +    +       +    +       +     +
-    pod → outside                   | +     +    +       -    +       -     +
-    pod → remote host               | +     +    +       -    +       -     +
-    pod → remote published pod      | +     -    +       -    +       -     +
-    pod → remote host's port        | +     +    +       -    +       -     +
-    host → its pod                  | +     +    +       +    +       +     +
-    host → remote pod               | +     -    -       -    -       -     -
-    host by its eth0 → remote pod   | +     -    -       -    -       -     -
-    outside → pod                   | +     -    -       -    -       -     -
-    outside → host's port           | +     +    +       +    +       +     +
+                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | +     -    -      -    -      -        -      -       -
+    pod → pod beside it             | +     +    +      +    +      +        +      +       +
+    pod → outside                   | +     +    +      -    +      -        -      +       +
+    pod → remote host               | +     +    +      -    +      -        -      +       +
+    pod → remote published pod      | +     -    +      -    +      -        -      +       +
+    pod → remote host's port        | +     +    +      -    +      -        -      +       +
+    host → its pod                  | +     +    +      +    +      +        +      +       +
+    host → remote pod               | +     -    -      -    -      -        -      -       -
+    host by its eth0 → remote pod   | +     -    -      -    -      -        -      -       -
+    outside → pod                   | +     -    -      -    -      -        -      -       -
+    outside → host's port           | +     +    +      +    +      +        +      +       +
 ";
 
 /// What arrives without our rules where FORWARD drops. Docker's nftables accept nothing
 /// there; `b` is for: where there is no br_netfilter.
 const DROPPING: &str = "
-                                    | old   28.0 28.0+   28.2 28.2+   29nft 29nft+
-    pod → remote pod                | -     -    -       -    -       -     -
-    pod → pod beside it             | +     +    +       +    +       b     b
-    pod → outside                   | +     +    +       -    +       -     -
-    pod → remote host               | +     +    +       -    +       -     -
-    pod → remote published pod      | +     -    +       -    +       -     -
-    pod → remote host's port        | +     +    +       -    +       -     -
-    host → its pod                  | +     +    +       +    +       +     +
-    host → remote pod               | -     -    -       -    -       -     -
-    host by its eth0 → remote pod   | -     -    -       -    -       -     -
-    outside → pod                   | -     -    -       -    -       -     -
-    outside → host's port           | +     +    +       +    +       -     -
+                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | -     -    -      -    -      -        -      -       -
+    pod → pod beside it             | +     +    +      +    +      +        b      b       b
+    pod → outside                   | +     +    +      -    +      -        -      -       -
+    pod → remote host               | +     +    +      -    +      -        -      -       -
+    pod → remote published pod      | +     -    +      -    +      -        -      -       -
+    pod → remote host's port        | +     +    +      -    +      -        -      -       -
+    host → its pod                  | +     +    +      +    +      +        +      +       +
+    host → remote pod               | -     -    -      -    -      -        -      -       -
+    host by its eth0 → remote pod   | -     -    -      -    -      -        -      -       -
+    outside → pod                   | -     -    -      -    -      -        -      -       -
+    outside → host's port           | +     +    +      +    +      +        -      -       -
 ";
 
 const FLOWS: [(&str, Flow); 11] = [
@@ -201,10 +203,14 @@ impl Hosts<'_> {
             return;
         }
         let [program, ..] = self.engine.programs();
-        for words in [
+        let mut rules = vec![
             "-w -I FORWARD -j FLANNEL-FWD".to_owned(),
             format!("-w -t mangle -I PREROUTING -s 10.5.0.0/16 -j MARK --set-xmark {MARK}/{MARK}"),
-        ] {
+        ];
+        if self.docker.column == "28.2raw" {
+            rules.push(format!("-w -t raw -I PREROUTING -s 10.5.0.0/16 -d 10.5.{host}.0/24 -j ACCEPT"));
+        }
+        for words in rules {
             self.feed(host, program, &words.split(' ').collect::<Vec<_>>(), "");
         }
     }
@@ -216,7 +222,7 @@ impl Hosts<'_> {
             let saved = self.feed(host, save, &[], "");
             let others: String = saved
                 .lines()
-                .filter(|line| !line.contains("FLANNEL-") && !line.contains("MARK"))
+                .filter(|line| !line.contains("FLANNEL-") && !line.contains("10.5.0.0/16"))
                 .flat_map(|line| [line, "\n"])
                 .collect();
             self.restore(host, self.engine, others);
@@ -398,7 +404,7 @@ fn beside_docker_28_2() {
     let bare = Docker { file: "docker-28.2.iptables", column: "28.2", options: &[] };
     let options = &["--allow-direct-routing"];
 
-    beside(&[bare, Docker { column: "28.2+", options, ..bare }]);
+    beside(&[bare, Docker { column: "28.2+", options, ..bare }, Docker { column: "28.2raw", ..bare }]);
 }
 
 #[test]
@@ -414,5 +420,9 @@ fn beside_docker_29_with_nftables() {
     let bare = Docker { file: "docker-29.nft", column: "29nft", options: &[] };
     let options = &["--allow-direct-routing", "--bridge-accept-fwmark"];
 
-    beside(&[bare, Docker { column: "29nft+", options, ..bare }]);
+    beside(&[
+        bare,
+        Docker { column: "29nft-", options: &options[..1], ..bare },
+        Docker { column: "29nft+", options, ..bare },
+    ]);
 }
