@@ -12,6 +12,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use flannel_core::firewall::docker::{NETWORK_MARK, advice};
 use flannel_core::firewall::{Ruleset, Wanted, rules};
 use flannel_core::host::{Ensured, Firewall};
 use flannel_linux::IptablesFirewall;
@@ -121,9 +122,6 @@ struct Docker {
     options: &'static [&'static str],
 }
 
-/// What lets packets of the network pass Docker's drop, agreed with `mk-docker-opts.sh`.
-const MARK: &str = "0x1000";
-
 /// One kind of traffic rules of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Engine {
@@ -203,9 +201,10 @@ impl Hosts<'_> {
             return;
         }
         let [program, ..] = self.engine.programs();
+        let mark = format!("{NETWORK_MARK:#x}/{NETWORK_MARK:#x}");
         let mut rules = vec![
             "-w -I FORWARD -j FLANNEL-FWD".to_owned(),
-            format!("-w -t mangle -I PREROUTING -s 10.5.0.0/16 -j MARK --set-xmark {MARK}/{MARK}"),
+            format!("-w -t mangle -I PREROUTING -s 10.5.0.0/16 -j MARK --set-xmark {mark}"),
         ];
         if self.docker.column == "28.2raw" {
             rules.push(format!("-w -t raw -I PREROUTING -s 10.5.0.0/16 -d 10.5.{host}.0/24 -j ACCEPT"));
@@ -227,6 +226,16 @@ impl Hosts<'_> {
                 .collect();
             self.restore(host, self.engine, others);
         }
+    }
+
+    /// What is said of Docker's rules as they are listed here.
+    fn advice(&self) -> Option<String> {
+        let [program, ..] = self.engine.programs();
+        let mut listing = self.feed(1, program, &["-t", "raw", "-S", "PREROUTING"], "");
+        if self.docker.file.ends_with(".nft") {
+            listing += &self.feed(1, "nft", &["list", "table", "ip", "docker-bridges"], "");
+        }
+        advice(&listing, "docker0")
     }
 
     /// Compares what arrives with a grid.
@@ -296,7 +305,7 @@ impl Docker {
             .replace("{policy}", policy)
             .replace("{container}", &Pod(host).address().to_string())
             .replace("{published}", &Published(host).address().to_string())
-            .replace("{mark}", MARK);
+            .replace("{mark}", &format!("{NETWORK_MARK:#x}"));
         text.lines().filter_map(|line| self.applies(line)).flat_map(|line| [line, "\n"]).collect()
     }
 
@@ -353,6 +362,10 @@ fn beside(dockers: &[Docker]) {
             let hosts = Hosts { cluster: &cluster, docker, engine };
             for (policy, without) in [("ACCEPT", ACCEPTING), ("DROP", DROPPING)] {
                 hosts.renew(policy);
+                // What our rules cannot let pass is pointed out, and nothing else.
+                let in_the_way = cell(WITH_OURS, "pod → remote published pod", docker.column) == "-"
+                    || ["28.2raw", "29nft-"].contains(&docker.column);
+                assert_eq!(hosts.advice().is_some(), in_the_way, "{docker:?}: {:?}", hosts.advice());
                 hosts.check(without, false, &format!("FORWARD {policy}, without ours"), &mut wrong);
                 for masquerade in [true, false] {
                     let wanted = Wanted { masquerade, random_fully: true, forward: true };

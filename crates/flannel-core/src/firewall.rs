@@ -8,6 +8,7 @@ use std::fmt;
 
 use ipnetwork::IpNetwork;
 
+pub mod docker;
 pub mod iptables;
 pub mod nftables;
 
