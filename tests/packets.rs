@@ -7,18 +7,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::thread;
 
+use flannel_core::firewall::Wanted;
 use flannel_core::firewall::docker::{NETWORK_MARK, advice};
-use flannel_core::firewall::{Ruleset, Wanted, rules};
-use flannel_core::host::{Ensured, Firewall};
-use flannel_linux::IptablesFirewall;
-use flannel_tests::need;
+use flannel_core::host::Ensured;
 use flannel_tests::packets::Place::{Host, Outside, Pod, Published};
-use flannel_tests::packets::{Cluster, Flow, HOST_PORT, PUBLISHED, Place, UNPUBLISHED, feed};
+use flannel_tests::packets::rules::{ENGINES, Hosts, NETWORK, Ours};
+use flannel_tests::packets::{Cluster, Flow, HOST_PORT, PUBLISHED, Place, UNPUBLISHED};
 
 /// By which address the receiver knows the sender: with `--ip-masq`, and without.
 ///
@@ -92,25 +91,21 @@ const DROPPING: &str = "
 ";
 
 const FLOWS: [(&str, Flow); 11] = [
-    ("pod → remote pod", flow(Pod(1), Pod(2), UNPUBLISHED)),
-    ("pod → pod beside it", flow(Pod(1), Published(1), UNPUBLISHED)),
-    ("pod → outside", flow(Pod(1), Outside, UNPUBLISHED)),
-    ("pod → remote host", flow(Pod(1), Host(2), UNPUBLISHED)),
-    ("pod → remote published pod", flow(Pod(1), Published(2), PUBLISHED)),
-    ("pod → remote host's port", flow(Pod(1), Host(2), HOST_PORT)),
-    ("host → its pod", flow(Host(1), Pod(1), UNPUBLISHED)),
-    ("host → remote pod", flow(Host(1), Pod(2), UNPUBLISHED)),
+    ("pod → remote pod", Flow::new(Pod(1), Pod(2), UNPUBLISHED)),
+    ("pod → pod beside it", Flow::new(Pod(1), Published(1), UNPUBLISHED)),
+    ("pod → outside", Flow::new(Pod(1), Outside, UNPUBLISHED)),
+    ("pod → remote host", Flow::new(Pod(1), Host(2), UNPUBLISHED)),
+    ("pod → remote published pod", Flow::new(Pod(1), Published(2), PUBLISHED)),
+    ("pod → remote host's port", Flow::new(Pod(1), Host(2), HOST_PORT)),
+    ("host → its pod", Flow::new(Host(1), Pod(1), UNPUBLISHED)),
+    ("host → remote pod", Flow::new(Host(1), Pod(2), UNPUBLISHED)),
     (
         "host by its eth0 → remote pod",
-        Flow { bound: Some(Host(1).address()), ..flow(Host(1), Pod(2), UNPUBLISHED) },
+        Flow { bound: Some(Host(1).address()), ..Flow::new(Host(1), Pod(2), UNPUBLISHED) },
     ),
-    ("outside → pod", flow(Outside, Pod(1), UNPUBLISHED)),
-    ("outside → host's port", flow(Outside, Host(1), HOST_PORT)),
+    ("outside → pod", Flow::new(Outside, Pod(1), UNPUBLISHED)),
+    ("outside → host's port", Flow::new(Outside, Host(1), HOST_PORT)),
 ];
-
-const fn flow(from: Place, to: Place, port: u16) -> Flow {
-    Flow { from, bound: None, to: std::net::SocketAddrV4::new(to.address(), port) }
-}
 
 /// One kind of Docker, with or without what `mk-docker-opts.sh` has for it.
 #[derive(Clone, Copy, Debug)]
@@ -122,118 +117,96 @@ struct Docker {
     options: &'static [&'static str],
 }
 
-/// One kind of traffic rules of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Engine {
-    IptablesNft,
-    IptablesLegacy,
-}
-
-const ENGINES: [Engine; 2] = [Engine::IptablesNft, Engine::IptablesLegacy];
-
-impl Engine {
-    fn firewall(self) -> IptablesFirewall {
-        let [program, restorer, _] = self.programs();
-        IptablesFirewall::with_programs(program, restorer)
-    }
-
-    /// The iptables, its restore and its save that Docker and the operator use on such a host.
-    fn programs(self) -> [&'static str; 3] {
-        match self {
-            Self::IptablesNft => ["iptables-nft", "iptables-nft-restore", "iptables-nft-save"],
-            Self::IptablesLegacy => ["iptables-legacy", "iptables-legacy-restore", "iptables-legacy-save"],
-        }
-    }
-}
-
-/// The two hosts with one kind of rules from Docker, and somebody's policy.
-struct Hosts<'a> {
-    cluster: &'a Cluster,
+/// The two hosts beside one kind of Docker.
+struct Beside<'a> {
     docker: Docker,
-    engine: Engine,
+    hosts: Hosts<'a>,
 }
 
-impl Hosts<'_> {
+impl Beside<'_> {
+    /// What is not as the grids say, with each policy of FORWARD.
+    fn differences(&self) -> String {
+        let mut wrong = String::new();
+        for (policy, without) in [("ACCEPT", ACCEPTING), ("DROP", DROPPING)] {
+            self.renew(policy);
+            // What our rules cannot let pass is pointed out, and nothing else.
+            let docker = self.docker;
+            let in_the_way = cell(WITH_OURS, "pod → remote published pod", docker.column) == "-"
+                || ["28.2raw", "29nft-"].contains(&docker.column);
+            assert_eq!(self.advice().is_some(), in_the_way, "{docker:?}: {:?}", self.advice());
+            self.check(without, false, &format!("FORWARD {policy}, without ours"), &mut wrong);
+            for masquerade in [true, false] {
+                let wanted = Wanted { masquerade, random_fully: true, forward: true };
+                let when = |what: &str| format!("FORWARD {policy}, masquerade {masquerade}, {what}");
+                let fresh = || [self.hosts.engine.ours(), self.hosts.engine.ours()];
+                let mut ours = fresh();
+                self.renew(policy);
+
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
+                self.check(WITH_OURS, masquerade, &when("new"), &mut wrong);
+
+                self.lose_ours();
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
+                self.check(WITH_OURS, masquerade, &when("after a flush"), &mut wrong);
+
+                assert_eq!(self.ensure(&mut fresh(), wanted), [Ensured::Unchanged; 2]);
+            }
+        }
+        wrong
+    }
+
     /// Takes all rules away and loads Docker's.
     fn renew(&self, policy: &str) {
-        for host in [1, 2] {
-            for engine in ENGINES {
-                self.restore(host, engine, BARE.replace("{policy}", "ACCEPT"));
-            }
-            self.restore(host, self.engine, BARE.replace("{policy}", policy));
-            self.feed(host, "nft", &["-f", "-"], "table ip docker-bridges; delete table ip docker-bridges");
-            let text = self.docker.rules(host, policy);
-            if self.docker.file.ends_with(".nft") {
-                self.feed(host, "nft", &["-f", "-"], &text);
-            } else {
-                self.restore(host, self.engine, text);
-            }
+        self.hosts.clear(policy);
+        self.hosts.load(self.docker.file, self.docker.options);
+    }
+
+    fn ensure(&self, ours: &mut [Ours; 2], wanted: Wanted) -> [Ensured; 2] {
+        let ensured = self.hosts.ensure(ours, wanted);
+        if self.docker.column != "old" {
+            self.stand_in();
         }
-    }
-
-    fn restore(&self, host: u8, engine: Engine, text: String) {
-        self.feed(host, engine.programs()[1], &[], &text);
-    }
-
-    fn feed(&self, host: u8, program: &str, words: &[&str], text: &str) -> String {
-        let fed = || feed(Command::new(program).args(words), text);
-        self.cluster.inside(Host(host), fed).unwrap_or_else(|said| panic!("{program}: {said}{text}"))
-    }
-
-    /// Has the rules made to stand on both hosts, as two agents would.
-    fn ensure(&self, firewalls: &mut [IptablesFirewall; 2], wanted: Wanted) -> [Ensured; 2] {
-        let mut host = 0;
-        firewalls.each_mut().map(|firewall| {
-            host += 1;
-            let rules = ruleset(host, wanted);
-            let ensured = self.cluster.inside(Host(host), || {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(firewall.ensure(&rules)).unwrap()
-            });
-            self.stand_in(host);
-            ensured
-        })
+        ensured
     }
 
     /// What the rules are still to do by themselves: come before Docker's chains, and mark.
-    fn stand_in(&self, host: u8) {
-        if self.docker.column == "old" {
-            return;
-        }
-        let [program, ..] = self.engine.programs();
+    fn stand_in(&self) {
+        let [program, ..] = self.hosts.engine.programs();
         let mark = format!("{NETWORK_MARK:#x}/{NETWORK_MARK:#x}");
-        let mut rules = vec![
-            "-w -I FORWARD -j FLANNEL-FWD".to_owned(),
-            format!("-w -t mangle -I PREROUTING -s 10.5.0.0/16 -j MARK --set-xmark {mark}"),
-        ];
-        if self.docker.column == "28.2raw" {
-            rules.push(format!("-w -t raw -I PREROUTING -s 10.5.0.0/16 -d 10.5.{host}.0/24 -j ACCEPT"));
-        }
-        for words in rules {
-            self.feed(host, program, &words.split(' ').collect::<Vec<_>>(), "");
+        for host in [1, 2] {
+            let mut rules = vec![
+                "-w -I FORWARD -j FLANNEL-FWD".to_owned(),
+                format!("-w -t mangle -I PREROUTING -s {NETWORK} -j MARK --set-xmark {mark}"),
+            ];
+            if self.docker.column == "28.2raw" {
+                rules.push(format!("-w -t raw -I PREROUTING -s {NETWORK} -d 10.5.{host}.0/24 -j ACCEPT"));
+            }
+            for words in rules {
+                self.hosts.feed(host, program, &words.split(' ').collect::<Vec<_>>(), "");
+            }
         }
     }
 
     /// Puts back what a snapshot without our rules has: what a tool that saves and restores does.
     fn lose_ours(&self) {
         for host in [1, 2] {
-            let [_, _, save] = self.engine.programs();
-            let saved = self.feed(host, save, &[], "");
+            let [_, restore, save] = self.hosts.engine.programs();
+            let saved = self.hosts.feed(host, save, &[], "");
             let others: String = saved
                 .lines()
-                .filter(|line| !line.contains("FLANNEL-") && !line.contains("10.5.0.0/16"))
+                .filter(|line| !line.contains("FLANNEL-") && !line.contains(NETWORK))
                 .flat_map(|line| [line, "\n"])
                 .collect();
-            self.restore(host, self.engine, others);
+            self.hosts.feed(host, restore, &[], &others);
         }
     }
 
     /// What is said of Docker's rules as they are listed here.
     fn advice(&self) -> Option<String> {
-        let [program, ..] = self.engine.programs();
-        let mut listing = self.feed(1, program, &["-t", "raw", "-S", "PREROUTING"], "");
+        let [program, ..] = self.hosts.engine.programs();
+        let mut listing = self.hosts.feed(1, program, &["-t", "raw", "-S", "PREROUTING"], "");
         if self.docker.file.ends_with(".nft") {
-            listing += &self.feed(1, "nft", &["list", "table", "ip", "docker-bridges"], "");
+            listing += &self.hosts.feed(1, "nft", &["list", "table", "ip", "docker-bridges"], "");
         }
         advice(&listing, "docker0")
     }
@@ -254,79 +227,21 @@ impl Hosts<'_> {
             })
             .collect();
 
-        let seen =
-            self.cluster.try_out(&expected.iter().map(|(flow, source)| (*flow, source.is_some())).collect());
+        let seen = self
+            .hosts
+            .cluster
+            .try_out(&expected.iter().map(|(flow, source)| (*flow, source.is_some())).collect());
 
         for (name, flow) in FLOWS {
             let shown =
                 |source: Option<Ipv4Addr>| source.map_or("dropped".into(), |source| format!("from {source}"));
             let (seen, expected) = (shown(seen[&flow]), shown(expected[&flow]));
             if seen != expected {
-                let Self { docker, engine, .. } = self;
+                let Self { docker, hosts: Hosts { engine, .. } } = self;
                 writeln!(wrong, "{docker:?}, {engine:?}, {when}: {name}: {seen}, not {expected}").unwrap();
             }
         }
     }
-}
-
-/// No rules at all, in every table that anybody uses here.
-const BARE: &str = "
-*raw
-:PREROUTING ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-COMMIT
-*mangle
-:PREROUTING ACCEPT [0:0]
-:INPUT ACCEPT [0:0]
-:FORWARD ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-:POSTROUTING ACCEPT [0:0]
-COMMIT
-*filter
-:INPUT ACCEPT [0:0]
-:FORWARD {policy} [0:0]
-:OUTPUT ACCEPT [0:0]
-COMMIT
-*nat
-:PREROUTING ACCEPT [0:0]
-:INPUT ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-:POSTROUTING ACCEPT [0:0]
-COMMIT
-";
-
-impl Docker {
-    /// Its rules on that host.
-    fn rules(&self, host: u8, policy: &str) -> String {
-        let path = fixtures().join(self.file);
-        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let text = text
-            .replace("{bridge}", "docker0")
-            .replace("{policy}", policy)
-            .replace("{container}", &Pod(host).address().to_string())
-            .replace("{published}", &Published(host).address().to_string())
-            .replace("{mark}", &format!("{NETWORK_MARK:#x}"));
-        text.lines().filter_map(|line| self.applies(line)).flat_map(|line| [line, "\n"]).collect()
-    }
-
-    /// The line without its condition, if that is met.
-    fn applies<'a>(&self, line: &'a str) -> Option<&'a str> {
-        if let Some((line, option)) = line.split_once(" # without ") {
-            return (!self.options.contains(&option)).then_some(line);
-        }
-        if let Some((line, option)) = line.split_once(" # with ") {
-            return self.options.contains(&option).then_some(line);
-        }
-        Some(line)
-    }
-}
-
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("firewall")
-}
-
-fn ruleset(host: u8, wanted: Wanted) -> Ruleset {
-    rules("10.5.0.0/16".parse().unwrap(), format!("10.5.{host}.0/24").parse().unwrap(), wanted, vec![])
 }
 
 /// The words behind `|` in the row of that name.
@@ -350,42 +265,21 @@ fn source(name: &str, masquerade: bool, from: Place) -> Ipv4Addr {
     }
 }
 
-/// Goes through the grids with one kind of Docker: each policy, each engine of ours.
+/// Goes through the grids with these kinds of Docker, with each engine of ours by its side.
 fn beside(dockers: &[Docker]) {
-    if !["ip", "bridge", "nft", "iptables-nft", "iptables-legacy"].into_iter().all(need) {
+    if !Hosts::possible() {
         return;
     }
-    let cluster = Cluster::new();
-    let mut wrong = String::new();
-    for &docker in dockers {
-        for engine in ENGINES {
-            let hosts = Hosts { cluster: &cluster, docker, engine };
-            for (policy, without) in [("ACCEPT", ACCEPTING), ("DROP", DROPPING)] {
-                hosts.renew(policy);
-                // What our rules cannot let pass is pointed out, and nothing else.
-                let in_the_way = cell(WITH_OURS, "pod → remote published pod", docker.column) == "-"
-                    || ["28.2raw", "29nft-"].contains(&docker.column);
-                assert_eq!(hosts.advice().is_some(), in_the_way, "{docker:?}: {:?}", hosts.advice());
-                hosts.check(without, false, &format!("FORWARD {policy}, without ours"), &mut wrong);
-                for masquerade in [true, false] {
-                    let wanted = Wanted { masquerade, random_fully: true, forward: true };
-                    let when = |what: &str| format!("FORWARD {policy}, masquerade {masquerade}, {what}");
-                    let mut firewalls = [engine.firewall(), engine.firewall()];
-                    hosts.renew(policy);
-
-                    assert_eq!(hosts.ensure(&mut firewalls, wanted), [Ensured::Written; 2]);
-                    hosts.check(WITH_OURS, masquerade, &when("new"), &mut wrong);
-
-                    hosts.lose_ours();
-                    assert_eq!(hosts.ensure(&mut firewalls, wanted), [Ensured::Written; 2]);
-                    hosts.check(WITH_OURS, masquerade, &when("after a flush"), &mut wrong);
-
-                    let mut restarted = [engine.firewall(), engine.firewall()];
-                    assert_eq!(hosts.ensure(&mut restarted, wanted), [Ensured::Unchanged; 2]);
-                }
-            }
-        }
-    }
+    let wrong: String = thread::scope(|scope| {
+        let with_each = ENGINES.map(|engine| {
+            scope.spawn(move || {
+                let cluster = Cluster::new();
+                let hosts = Hosts { cluster: &cluster, engine };
+                dockers.iter().map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
+            })
+        });
+        with_each.into_iter().map(|work| work.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
     assert!(wrong.is_empty(), "\n{wrong}");
 }
 

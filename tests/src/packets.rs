@@ -13,10 +13,12 @@
 //! of the two hosts. Outside knows the way to every pod, as a neighbour on the wire may.
 //! Needs root; every name is the cluster's own and goes with it.
 
+pub mod rules;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::panic::resume_unwind;
 use std::process::{Command, Stdio};
@@ -30,7 +32,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::lab::{PATIENCE, output, run};
+use crate::lab::{PATIENCE, output, run, until};
 
 /// A port that nobody publishes; everybody listens there.
 pub const UNPUBLISHED: u16 = 7000;
@@ -97,7 +99,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// A connection to be tried.
+/// A connection that somebody wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Flow {
     /// Who connects.
@@ -108,7 +110,15 @@ pub struct Flow {
     pub to: SocketAddrV4,
 }
 
+impl Flow {
+    /// From one place to a port of another, by the address that the kernel chooses.
+    pub const fn new(from: Place, to: Place, port: u16) -> Self {
+        Self { from, bound: None, to: SocketAddrV4::new(to.address(), port) }
+    }
+}
+
 /// The cluster.
+#[derive(Debug)]
 pub struct Cluster {
     name: String,
     listeners: Vec<std::net::TcpListener>,
@@ -255,6 +265,28 @@ impl Cluster {
         })
     }
 
+    /// Opens a connection to somebody who listens.
+    ///
+    /// # Panics
+    /// It does not come about.
+    pub fn converse(&self, flow: Flow) -> Conversation {
+        let near = self.inside(flow.from, || std::net::TcpStream::connect_timeout(&flow.to.into(), PATIENCE));
+        let near = near.unwrap_or_else(|error| panic!("{flow:?}: {error}"));
+        let accept = || self.listeners.iter().find_map(|listener| listener.accept().ok());
+        let mut far = None;
+        until("the connection is accepted", || {
+            far = accept();
+            far.is_some()
+        });
+        let (far, seen) = far.expect("it was waited for");
+        for end in [&near, &far] {
+            end.set_nonblocking(false)
+                .and_then(|()| end.set_read_timeout(Some(PATIENCE)))
+                .expect("it is a socket");
+        }
+        Conversation { near, far, seen }
+    }
+
     /// A socket that connects from that place, whoever uses it.
     ///
     /// # Panics
@@ -282,6 +314,28 @@ impl Drop for Cluster {
             output(&["ip", "netns", "del", &self.namespace(place)]);
         }
         output(&["ip", "netns", "del", &self.namespace("wire")]);
+    }
+}
+
+/// A connection between two places.
+#[derive(Debug)]
+pub struct Conversation {
+    near: std::net::TcpStream,
+    far: std::net::TcpStream,
+    /// Who began it, as the receiver sees it.
+    pub seen: SocketAddr,
+}
+
+impl Conversation {
+    /// Says a word there and one back.
+    ///
+    /// # Panics
+    /// One of them does not arrive.
+    pub fn goes_on(&mut self) {
+        let mut word = [0; 4];
+        let Self { near, far, .. } = self;
+        near.write_all(b"ping").and_then(|()| far.read_exact(&mut word)).expect("it arrives");
+        far.write_all(b"pong").and_then(|()| near.read_exact(&mut word)).expect("it comes back");
     }
 }
 

@@ -1,0 +1,198 @@
+//! Rung 6, hand-over: the traffic rules of a Go flanneld become ours, and ours its own again.
+//!
+//! Its rules are files in `firewall/`, and what it does with those that it finds is
+//! done here as its source says; `interop.rs` has a real one where there is one.
+#![allow(clippy::unwrap_used, reason = "the whole target is tests")]
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use flannel_core::firewall::Wanted;
+use flannel_core::host::Ensured;
+use flannel_tests::packets::Place::{Host, Outside, Pod, Published};
+use flannel_tests::packets::rules::{ENGINES, Hosts, fixture};
+use flannel_tests::packets::{Cluster, Flow, HOST_PORT, PUBLISHED, UNPUBLISHED};
+
+const WANTED: Wanted = Wanted { masquerade: true, random_fully: true, forward: true };
+
+/// What a Go flanneld may have left on a host.
+const TAKEN_OVER: [&str; 2] = ["flanneld-0.20.2.iptables", "flanneld-0.28.9.iptables"];
+
+/// What may follow us.
+const FOLLOWING: [&str; 4] =
+    ["flanneld-0.10.iptables", "flanneld-0.20.2.iptables", "flanneld-0.28.9.iptables", "flanneld-0.28.9.nft"];
+
+const FLOWS: [Flow; 9] = [
+    Flow::new(Pod(1), Pod(2), UNPUBLISHED),
+    Flow::new(Pod(1), Published(1), UNPUBLISHED),
+    Flow::new(Pod(1), Outside, UNPUBLISHED),
+    Flow::new(Pod(1), Host(2), UNPUBLISHED),
+    Flow::new(Pod(1), Published(2), PUBLISHED),
+    Flow::new(Host(1), Pod(2), UNPUBLISHED),
+    Flow { bound: Some(Host(1).address()), ..Flow::new(Host(1), Pod(2), UNPUBLISHED) },
+    Flow::new(Outside, Pod(1), UNPUBLISHED),
+    Flow::new(Outside, Host(1), HOST_PORT),
+];
+
+/// Runs the test with each iptables on a host where Docker has been before anybody.
+fn on_hosts(test: impl Fn(&Hosts<'_>)) {
+    if !Hosts::possible() {
+        return;
+    }
+    let cluster = Cluster::new();
+    for engine in ENGINES {
+        test(&Hosts { cluster: &cluster, engine });
+    }
+}
+
+fn bare(hosts: &Hosts<'_>) {
+    hosts.clear("DROP");
+    hosts.load("docker-20.10.iptables", &[]);
+}
+
+/// All that is on the first host: each chain with its rules, the built-in ones as a set.
+fn all_rules(hosts: &Hosts<'_>) -> Vec<String> {
+    let [_, _, save] = hosts.engine.programs();
+    let saved = hosts.feed(1, save, &[], "");
+    let lines = saved.lines().filter(|line| line.starts_with("-A ")).map(str::to_owned);
+    let (ours, mut others): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with("-A FLANNEL"));
+    // Where a jump stands is another question.
+    others.sort();
+    let tables = hosts.feed(1, "nft", &["list", "tables"], "");
+    let tables = tables.lines().filter(|line| line.contains("flannel")).map(str::to_owned);
+    others.into_iter().chain(ours).chain(tables).collect()
+}
+
+fn fresh(hosts: &Hosts<'_>) {
+    let mut ours = [hosts.engine.ours(), hosts.engine.ours()];
+    assert_eq!(hosts.ensure(&mut ours, WANTED), [Ensured::Written; 2]);
+    assert_eq!(hosts.ensure(&mut ours, WANTED), [Ensured::Unchanged; 2]);
+}
+
+/// What a Go flanneld does as it starts.
+fn start_go(hosts: &Hosts<'_>, file: &str) {
+    let [program, restore, _] = hosts.engine.programs();
+    for host in [1, 2] {
+        let rules = fixture(file, host, &[]);
+        let attempt = |words: &str| {
+            let mut shell = Command::new("sh");
+            let done = hosts.cluster.inside(Host(host), || shell.args(["-c", words]).output().unwrap());
+            done.status.success()
+        };
+        match file {
+            // The clean-up of the other kind: it looks for both chains in nat, and cannot
+            // delete the one that is jumped to.
+            "flanneld-0.28.9.nft" => {
+                for chain in ["FLANNEL-POSTRTG", "FLANNEL-FWD"] {
+                    attempt(&format!("{program} -w -t nat -F {chain} && {program} -w -t nat -X {chain}"));
+                }
+                hosts.feed(host, "nft", &["-f", "-"], &rules);
+            }
+            // One that is missing, and all are taken away, each for itself, and appended.
+            "flanneld-0.10.iptables" => {
+                hosts.feed(host, restore, &["--noflush"], &rules);
+            }
+            // The chains are emptied, and then what is there already is deleted before it is added.
+            _ => {
+                let mut text = String::new();
+                for line in rules.lines() {
+                    let table = if text.contains("*filter") { "filter" } else { "nat" };
+                    let jump = line.split_once(" POSTROUTING ").or_else(|| line.split_once(" FORWARD "));
+                    if let Some((_, words)) = jump {
+                        let parent = if table == "nat" { "POSTROUTING" } else { "FORWARD" };
+                        if attempt(&format!("{program} -w -t {table} -C {parent} {words}")) {
+                            text += &format!("-D {parent} {words}\n");
+                        }
+                    }
+                    text += &format!("{line}\n");
+                }
+                hosts.feed(host, restore, &["--noflush"], &text);
+            }
+        }
+    }
+}
+
+/// What arrives, and from which address.
+fn packets(hosts: &Hosts<'_>) -> BTreeMap<Flow, Option<Ipv4Addr>> {
+    hosts.cluster.try_out(&FLOWS.map(|flow| (flow, true)).into())
+}
+
+#[test]
+fn the_rules_of_a_go_flanneld_become_ours_without_a_rest() {
+    on_hosts(|hosts| {
+        bare(hosts);
+        fresh(hosts);
+        let expected = all_rules(hosts);
+
+        for file in TAKEN_OVER {
+            bare(hosts);
+            hosts.load(file, &[]);
+            let mut ours = [hosts.engine.ours(), hosts.engine.ours()];
+
+            hosts.ensure(&mut ours, WANTED);
+
+            assert_eq!(all_rules(hosts), expected, "{file}, {:?}", hosts.engine);
+            assert_eq!(hosts.ensure(&mut ours, WANTED), [Ensured::Unchanged; 2], "{file}");
+        }
+    });
+}
+
+#[test]
+fn connections_go_on_while_the_rules_become_ours() {
+    on_hosts(|hosts| {
+        for file in FOLLOWING {
+            bare(hosts);
+            hosts.load(file, &[]);
+            if file.ends_with(".nft") {
+                // Its accept cannot undo the policy of another table.
+                let [program, ..] = hosts.engine.programs();
+                for host in [1, 2] {
+                    hosts.feed(host, program, &["-w", "-P", "FORWARD", "ACCEPT"], "");
+                }
+            }
+            let mut connections = [
+                Flow::new(Pod(1), Outside, UNPUBLISHED),
+                Flow::new(Pod(1), Pod(2), UNPUBLISHED),
+                Flow::new(Outside, Pod(2), UNPUBLISHED),
+            ]
+            .map(|flow| hosts.cluster.converse(flow));
+            let seen = |number: usize| connections[number].seen.ip();
+            assert_eq!([seen(0), seen(1)], [Host(1).address(), Pod(1).address()], "{file}");
+
+            let mut ours = [hosts.engine.ours(), hosts.engine.ours()];
+            hosts.ensure(&mut ours, WANTED);
+
+            // The far end knows the near one by the address of before, or it would not hear it.
+            for connection in &mut connections {
+                connection.goes_on();
+            }
+        }
+    });
+}
+
+#[test]
+fn what_we_leave_to_a_go_flanneld_harms_nothing() {
+    on_hosts(|hosts| {
+        for file in FOLLOWING {
+            let followed = || {
+                start_go(hosts, file);
+                (packets(hosts), all_rules(hosts))
+            };
+            bare(hosts);
+            let (expected, rules) = followed();
+            bare(hosts);
+            fresh(hosts);
+
+            let (seen, rest) = followed();
+
+            if TAKEN_OVER.contains(&file) {
+                assert_eq!(rest, rules, "{file}, {:?}", hosts.engine);
+            }
+            // Where our chains stay beside its rules, all that arrived still does, from the same address.
+            for (flow, source) in expected {
+                assert!(source.is_none() || seen[&flow] == source, "{file}: {flow:?}: {:?}", seen[&flow]);
+            }
+        }
+    });
+}
