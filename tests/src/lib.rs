@@ -2,6 +2,7 @@
 //! in memory, and real parts to start and stop.
 
 pub mod build;
+pub mod dockerd;
 pub mod etcd;
 pub mod fake_network;
 pub mod fuzz;
