@@ -15,8 +15,9 @@ use std::thread;
 use flannel_core::firewall::Wanted;
 use flannel_core::firewall::docker::{NETWORK_MARK, advice};
 use flannel_core::host::Ensured;
+use flannel_linux::firewall::LinuxFirewall;
 use flannel_tests::packets::Place::{Host, Outside, Pod, Published};
-use flannel_tests::packets::rules::{ENGINES, Hosts, NETWORK, Ours};
+use flannel_tests::packets::rules::{ENGINES, Engine, Hosts, NETWORK};
 use flannel_tests::packets::{Cluster, Flow, HOST_PORT, PUBLISHED, Place, UNPUBLISHED};
 
 /// By which address the receiver knows the sender: with `--ip-masq`, and without.
@@ -43,51 +44,84 @@ const SOURCES: &str = "
 /// an accept of ours in front of Docker's raw rules, for what comes from the network.
 /// In a cell, `m` is for: with `--ip-masq`.
 const WITH_OURS: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | +     +    +      -    +      +        -      -       +
-    pod → pod beside it             | +     +    +      +    +      +        +      +       +
-    pod → outside                   | +     +    +      m    +      m        m      +       +
-    pod → remote host               | +     +    +      m    +      m        m      +       +
-    pod → remote published pod      | +     -    +      -    +      +        -      +       +
-    pod → remote host's port        | +     +    +      m    +      m        m      +       +
-    host → its pod                  | +     +    +      +    +      +        +      +       +
-    host → remote pod               | +     +    +      -    +      +        -      -       +
-    host by its eth0 → remote pod   | +     +    +      -    +      m        -      -       m
-    outside → pod                   | +     +    +      -    +      -        -      -       -
-    outside → host's port           | +     +    +      +    +      +        +      +       +
+                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | +     +    +      -    +      +    +        -      -       +
+    pod → pod beside it             | +     +    +      +    +      +    +        +      +       +
+    pod → outside                   | +     +    +      m    +      +    m        m      +       +
+    pod → remote host               | +     +    +      m    +      +    m        m      +       +
+    pod → remote published pod      | +     -    +      -    +      +    +        -      +       +
+    pod → remote host's port        | +     +    +      m    +      +    m        m      +       +
+    host → its pod                  | +     +    +      +    +      +    +        +      +       +
+    host → remote pod               | +     +    +      -    +      +    +        -      -       +
+    host by its eth0 → remote pod   | +     +    +      -    +      +    m        -      -       m
+    outside → pod                   | +     +    +      -    +      +    -        -      -       -
+    outside → host's port           | +     +    +      +    +      +    +        +      +       +
+";
+
+/// The same with our rules in nftables, where FORWARD accepts: an accept of ours undoes
+/// nothing that others drop, and only our mark is left, for Docker from 29 on.
+const WITH_NFTABLES_ACCEPTING: &str = "
+                                    | old   28.0 28.0+  28.2 28.2+  29+  29nft  29nft-  29nft+
+    pod → remote pod                | +     -    -      -    -      +    -      -       +
+    pod → pod beside it             | +     +    +      +    +      +    +      +       +
+    pod → outside                   | +     +    +      m    +      +    m      +       +
+    pod → remote host               | +     +    +      m    +      +    m      +       +
+    pod → remote published pod      | +     -    +      -    +      +    -      +       +
+    pod → remote host's port        | +     +    +      m    +      +    m      +       +
+    host → its pod                  | +     +    +      +    +      +    +      +       +
+    host → remote pod               | +     -    -      -    -      +    -      -       +
+    host by its eth0 → remote pod   | +     -    -      -    -      m    -      -       m
+    outside → pod                   | +     -    -      -    -      -    -      -       -
+    outside → host's port           | +     +    +      +    +      +    +      +       +
+";
+
+/// And where FORWARD drops, which is a drop of others too.
+const WITH_NFTABLES_DROPPING: &str = "
+                                    | old   28.0 28.0+  28.2 28.2+  29+  29nft  29nft-  29nft+
+    pod → remote pod                | -     -    -      -    -      +    -      -       -
+    pod → pod beside it             | +     +    +      +    +      +    b      b       b
+    pod → outside                   | +     +    +      m    +      +    -      -       -
+    pod → remote host               | +     +    +      m    +      +    -      -       -
+    pod → remote published pod      | +     -    +      -    +      +    -      -       -
+    pod → remote host's port        | +     +    +      m    +      +    -      -       -
+    host → its pod                  | +     +    +      +    +      +    +      +       +
+    host → remote pod               | -     -    -      -    -      +    -      -       -
+    host by its eth0 → remote pod   | -     -    -      -    -      m    -      -       -
+    outside → pod                   | -     -    -      -    -      -    -      -       -
+    outside → host's port           | +     +    +      +    +      +    -      -       -
 ";
 
 /// What arrives without our rules where FORWARD accepts.
 const ACCEPTING: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | +     -    -      -    -      -        -      -       -
-    pod → pod beside it             | +     +    +      +    +      +        +      +       +
-    pod → outside                   | +     +    +      -    +      -        -      +       +
-    pod → remote host               | +     +    +      -    +      -        -      +       +
-    pod → remote published pod      | +     -    +      -    +      -        -      +       +
-    pod → remote host's port        | +     +    +      -    +      -        -      +       +
-    host → its pod                  | +     +    +      +    +      +        +      +       +
-    host → remote pod               | +     -    -      -    -      -        -      -       -
-    host by its eth0 → remote pod   | +     -    -      -    -      -        -      -       -
-    outside → pod                   | +     -    -      -    -      -        -      -       -
-    outside → host's port           | +     +    +      +    +      +        +      +       +
+                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | +     -    -      -    -      -    -        -      -       -
+    pod → pod beside it             | +     +    +      +    +      +    +        +      +       +
+    pod → outside                   | +     +    +      -    +      +    -        -      +       +
+    pod → remote host               | +     +    +      -    +      +    -        -      +       +
+    pod → remote published pod      | +     -    +      -    +      +    -        -      +       +
+    pod → remote host's port        | +     +    +      -    +      +    -        -      +       +
+    host → its pod                  | +     +    +      +    +      +    +        +      +       +
+    host → remote pod               | +     -    -      -    -      -    -        -      -       -
+    host by its eth0 → remote pod   | +     -    -      -    -      -    -        -      -       -
+    outside → pod                   | +     -    -      -    -      -    -        -      -       -
+    outside → host's port           | +     +    +      +    +      +    +        +      +       +
 ";
 
 /// What arrives without our rules where FORWARD drops. Docker's nftables accept nothing
 /// there; `b` is for: where there is no br_netfilter.
 const DROPPING: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | -     -    -      -    -      -        -      -       -
-    pod → pod beside it             | +     +    +      +    +      +        b      b       b
-    pod → outside                   | +     +    +      -    +      -        -      -       -
-    pod → remote host               | +     +    +      -    +      -        -      -       -
-    pod → remote published pod      | +     -    +      -    +      -        -      -       -
-    pod → remote host's port        | +     +    +      -    +      -        -      -       -
-    host → its pod                  | +     +    +      +    +      +        +      +       +
-    host → remote pod               | -     -    -      -    -      -        -      -       -
-    host by its eth0 → remote pod   | -     -    -      -    -      -        -      -       -
-    outside → pod                   | -     -    -      -    -      -        -      -       -
-    outside → host's port           | +     +    +      +    +      +        -      -       -
+                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
+    pod → remote pod                | -     -    -      -    -      -    -        -      -       -
+    pod → pod beside it             | +     +    +      +    +      +    +        b      b       b
+    pod → outside                   | +     +    +      -    +      +    -        -      -       -
+    pod → remote host               | +     +    +      -    +      +    -        -      -       -
+    pod → remote published pod      | +     -    +      -    +      +    -        -      -       -
+    pod → remote host's port        | +     +    +      -    +      +    -        -      -       -
+    host → its pod                  | +     +    +      +    +      +    +        +      +       +
+    host → remote pod               | -     -    -      -    -      -    -        -      -       -
+    host by its eth0 → remote pod   | -     -    -      -    -      -    -        -      -       -
+    outside → pod                   | -     -    -      -    -      -    -        -      -       -
+    outside → host's port           | +     +    +      +    +      +    +        -      -       -
 ";
 
 const FLOWS: [(&str, Flow); 11] = [
@@ -127,7 +161,10 @@ impl Beside<'_> {
     /// What is not as the grids say, with each policy of FORWARD.
     fn differences(&self) -> String {
         let mut wrong = String::new();
-        for (policy, without) in [("ACCEPT", ACCEPTING), ("DROP", DROPPING)] {
+        for (policy, without, with_nftables) in
+            [("ACCEPT", ACCEPTING, WITH_NFTABLES_ACCEPTING), ("DROP", DROPPING, WITH_NFTABLES_DROPPING)]
+        {
+            let with = if self.hosts.engine == Engine::Nftables { with_nftables } else { WITH_OURS };
             self.renew(policy);
             // What our rules cannot let pass is pointed out, and nothing else.
             let docker = self.docker;
@@ -143,11 +180,11 @@ impl Beside<'_> {
                 self.renew(policy);
 
                 assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
-                self.check(WITH_OURS, masquerade, &when("new"), &mut wrong);
+                self.check(with, masquerade, &when("new"), &mut wrong);
 
                 self.lose_ours();
                 assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
-                self.check(WITH_OURS, masquerade, &when("after a flush"), &mut wrong);
+                self.check(with, masquerade, &when("after a flush"), &mut wrong);
 
                 assert_eq!(self.ensure(&mut fresh(), wanted), [Ensured::Unchanged; 2]);
             }
@@ -161,7 +198,7 @@ impl Beside<'_> {
         self.hosts.load(self.docker.file, self.docker.options);
     }
 
-    fn ensure(&self, ours: &mut [Ours; 2], wanted: Wanted) -> [Ensured; 2] {
+    fn ensure(&self, ours: &mut [LinuxFirewall; 2], wanted: Wanted) -> [Ensured; 2] {
         let ensured = self.hosts.ensure(ours, wanted);
         if self.docker.column != "old" {
             self.stand_in();
@@ -169,19 +206,19 @@ impl Beside<'_> {
         ensured
     }
 
-    /// What the rules are still to do by themselves: come before Docker's chains, and mark.
+    /// What the rules are still to do by themselves: mark.
     fn stand_in(&self) {
-        let [program, ..] = self.hosts.engine.programs();
-        let mark = format!("{NETWORK_MARK:#x}/{NETWORK_MARK:#x}");
+        let mark = format!("{NETWORK_MARK:#x}");
+        let text = format!(
+            "table ip stand-in\ndelete table ip stand-in\ntable ip stand-in {{\n\
+             chain prerouting {{\ntype filter hook prerouting priority -150\n\
+             ip saddr {NETWORK} meta mark set meta mark or {mark}\n}}\n}}\n"
+        );
         for host in [1, 2] {
-            let mut rules = vec![
-                "-w -I FORWARD -j FLANNEL-FWD".to_owned(),
-                format!("-w -t mangle -I PREROUTING -s {NETWORK} -j MARK --set-xmark {mark}"),
-            ];
+            self.hosts.feed(host, "nft", &["-f", "-"], &text);
             if self.docker.column == "28.2raw" {
-                rules.push(format!("-w -t raw -I PREROUTING -s {NETWORK} -d 10.5.{host}.0/24 -j ACCEPT"));
-            }
-            for words in rules {
+                let words = format!("-w -t raw -I PREROUTING -s {NETWORK} -d 10.5.{host}.0/24 -j ACCEPT");
+                let [program, ..] = self.hosts.engine.programs();
                 self.hosts.feed(host, program, &words.split(' ').collect::<Vec<_>>(), "");
             }
         }
@@ -198,6 +235,9 @@ impl Beside<'_> {
                 .flat_map(|line| [line, "\n"])
                 .collect();
             self.hosts.feed(host, restore, &[], &others);
+            if self.hosts.engine == Engine::Nftables {
+                self.hosts.feed(host, "nft", &["delete", "table", "ip", "flannel-ipv4"], "");
+            }
         }
     }
 
@@ -275,7 +315,10 @@ fn beside(dockers: &[Docker]) {
             scope.spawn(move || {
                 let cluster = Cluster::new();
                 let hosts = Hosts { cluster: &cluster, engine };
-                dockers.iter().map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
+                // An accept among Docker's raw rules is one of iptables.
+                let concerned =
+                    dockers.iter().filter(|docker| engine != Engine::Nftables || docker.column != "28.2raw");
+                concerned.map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
             })
         });
         with_each.into_iter().map(|work| work.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
@@ -319,7 +362,7 @@ fn beside_docker_29() {
     let bare = Docker { file: "docker-29.iptables", column: "28.2", options: &[] };
     let options = &["--allow-direct-routing", "--bridge-accept-fwmark"];
 
-    beside(&[bare, Docker { column: "28.2+", options, ..bare }]);
+    beside(&[bare, Docker { column: "29+", options, ..bare }]);
 }
 
 #[test]

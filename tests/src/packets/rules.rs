@@ -5,9 +5,11 @@ use std::path::Path;
 use std::process::Command;
 
 use flannel_core::firewall::docker::NETWORK_MARK;
-use flannel_core::firewall::{Ruleset, Wanted, rules};
+use flannel_core::firewall::{Wanted, rules};
 use flannel_core::host::{Ensured, Firewall};
-use flannel_linux::IptablesFirewall;
+use flannel_linux::firewall::LinuxFirewall;
+use flannel_linux::firewall::iptables::{Family, IptablesFirewall};
+use flannel_linux::firewall::nftables::NftablesFirewall;
 
 use super::Place::{Host, Pod, Published};
 use super::{Cluster, feed};
@@ -23,40 +25,34 @@ pub enum Engine {
     IptablesNft,
     /// iptables, with tables of its own.
     IptablesLegacy,
+    /// nft, beside others who use iptables.
+    Nftables,
 }
 
 /// All of them.
-pub const ENGINES: [Engine; 2] = [Engine::IptablesNft, Engine::IptablesLegacy];
-
-/// The rules of ours on one host, whatever they are made of.
-#[derive(Debug)]
-pub enum Ours {
-    /// Made by iptables.
-    Iptables(IptablesFirewall),
-}
+pub const ENGINES: [Engine; 3] = [Engine::IptablesNft, Engine::IptablesLegacy, Engine::Nftables];
 
 impl Engine {
     /// As a fresh agent has them.
-    pub fn ours(self) -> Ours {
+    pub fn ours(self) -> LinuxFirewall {
         let [program, restorer, _] = self.programs();
-        Ours::Iptables(IptablesFirewall::with_programs(program, restorer))
+        match self {
+            Self::Nftables => LinuxFirewall::through_nft(NftablesFirewall::default(), Family::Ipv4),
+            _ => {
+                let iptables = IptablesFirewall::with_programs(program, restorer);
+                LinuxFirewall::through_iptables(iptables, Family::Ipv4)
+            }
+        }
     }
 
     /// The iptables, its restore and its save that Docker and the operator use on such a host.
     pub fn programs(self) -> [&'static str; 3] {
         match self {
-            Self::IptablesNft => ["iptables-nft", "iptables-nft-restore", "iptables-nft-save"],
+            Self::IptablesNft | Self::Nftables => {
+                ["iptables-nft", "iptables-nft-restore", "iptables-nft-save"]
+            }
             Self::IptablesLegacy => ["iptables-legacy", "iptables-legacy-restore", "iptables-legacy-save"],
         }
-    }
-}
-
-impl Ours {
-    async fn ensure(&mut self, rules: &Ruleset) -> Ensured {
-        match self {
-            Self::Iptables(firewall) => firewall.ensure(rules).await,
-        }
-        .unwrap_or_else(|error| panic!("{error:?}"))
     }
 }
 
@@ -79,8 +75,8 @@ impl Hosts<'_> {
     pub fn clear(&self, policy: &str) {
         for host in [1, 2] {
             self.feed(host, "nft", &["-f", "-"], "flush ruleset");
-            for engine in ENGINES {
-                let policy = if engine == self.engine { policy } else { "ACCEPT" };
+            for engine in [Engine::IptablesNft, Engine::IptablesLegacy] {
+                let policy = if engine.programs() == self.engine.programs() { policy } else { "ACCEPT" };
                 self.feed(host, engine.programs()[1], &[], &BARE.replace("{policy}", policy));
             }
         }
@@ -99,7 +95,7 @@ impl Hosts<'_> {
     }
 
     /// Has our rules made to stand on both hosts, as two agents would.
-    pub fn ensure(&self, ours: &mut [Ours; 2], wanted: Wanted) -> [Ensured; 2] {
+    pub fn ensure(&self, ours: &mut [LinuxFirewall; 2], wanted: Wanted) -> [Ensured; 2] {
         let mut host = 0;
         ours.each_mut().map(|ours| {
             host += 1;
@@ -107,7 +103,8 @@ impl Hosts<'_> {
             let rules = rules(NETWORK.parse().expect("it is a network"), subnet, wanted, vec![]);
             self.cluster.inside(Host(host), || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-                runtime.expect("a runtime can be built").block_on(ours.ensure(&rules))
+                let ensured = runtime.expect("a runtime can be built").block_on(ours.ensure(&rules));
+                ensured.unwrap_or_else(|error| panic!("{error:?}"))
             })
         })
     }
