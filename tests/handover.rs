@@ -232,7 +232,9 @@ fn what_we_leave_to_a_go_flanneld_harms_nothing() {
             let takes_ours = hosts.engine != Engine::Nftables
                 && ["flanneld-0.20.2.iptables", "flanneld-0.28.9.iptables"].contains(&file);
             if takes_ours {
-                assert_eq!(rest, rules, "{file}, {:?}", hosts.engine);
+                // Of our chain in a table that it does not know, it takes no notice.
+                let known: Vec<_> = rest.iter().filter(|line| !line.contains("FLANNEL-ADMIT")).collect();
+                assert_eq!(known, rules.iter().collect::<Vec<_>>(), "{file}, {:?}", hosts.engine);
             }
             // Where our chains stay beside its rules, all that arrived still does, from the same address.
             for (flow, source) in expected {

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::thread;
 
 use flannel_core::firewall::Wanted;
-use flannel_core::firewall::docker::{NETWORK_MARK, advice};
+use flannel_core::firewall::docker::{Listing, advice};
 use flannel_core::host::Ensured;
 use flannel_linux::firewall::LinuxFirewall;
 use flannel_tests::packets::Place::{Host, Outside, Pod, Published};
@@ -40,22 +40,21 @@ const SOURCES: &str = "
 /// What arrives with our rules, whatever the policy of FORWARD.
 ///
 /// `old` is 20.10, 24 and 27. A `+` behind a version is for all the options that there
-/// are for it, `29nft-` for `--allow-direct-routing` alone, and `28.2raw` for none, but
-/// an accept of ours in front of Docker's raw rules, for what comes from the network.
+/// are for it, `29nft-` for `--allow-direct-routing` alone.
 /// In a cell, `m` is for: with `--ip-masq`.
 const WITH_OURS: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | +     +    +      -    +      +    +        -      -       +
-    pod → pod beside it             | +     +    +      +    +      +    +        +      +       +
-    pod → outside                   | +     +    +      m    +      +    m        m      +       +
-    pod → remote host               | +     +    +      m    +      +    m        m      +       +
-    pod → remote published pod      | +     -    +      -    +      +    +        -      +       +
-    pod → remote host's port        | +     +    +      m    +      +    m        m      +       +
-    host → its pod                  | +     +    +      +    +      +    +        +      +       +
-    host → remote pod               | +     +    +      -    +      +    +        -      -       +
-    host by its eth0 → remote pod   | +     +    +      -    +      +    m        -      -       m
-    outside → pod                   | +     +    +      -    +      +    -        -      -       -
-    outside → host's port           | +     +    +      +    +      +    +        +      +       +
+                                    | old    28.0   28.0+  28.2   28.2+  29+    29nft  29nft-  29nft+
+    pod → remote pod                | +      +      +      +      +      +      -      -      +
+    pod → pod beside it             | +      +      +      +      +      +      +      +      +
+    pod → outside                   | +      +      +      m      +      +      m      +      +
+    pod → remote host               | +      +      +      m      +      +      m      +      +
+    pod → remote published pod      | +      +      +      +      +      +      -      +      +
+    pod → remote host's port        | +      +      +      m      +      +      m      +      +
+    host → its pod                  | +      +      +      +      +      +      +      +      +
+    host → remote pod               | +      +      +      +      +      +      -      -      +
+    host by its eth0 → remote pod   | +      +      +      m      +      +      -      -      m
+    outside → pod                   | +      +      +      -      +      +      -      -      -
+    outside → host's port           | +      +      +      +      +      +      +      +      +
 ";
 
 /// The same with our rules in nftables, where FORWARD accepts: an accept of ours undoes
@@ -93,35 +92,35 @@ const WITH_NFTABLES_DROPPING: &str = "
 
 /// What arrives without our rules where FORWARD accepts.
 const ACCEPTING: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | +     -    -      -    -      -    -        -      -       -
-    pod → pod beside it             | +     +    +      +    +      +    +        +      +       +
-    pod → outside                   | +     +    +      -    +      +    -        -      +       +
-    pod → remote host               | +     +    +      -    +      +    -        -      +       +
-    pod → remote published pod      | +     -    +      -    +      +    -        -      +       +
-    pod → remote host's port        | +     +    +      -    +      +    -        -      +       +
-    host → its pod                  | +     +    +      +    +      +    +        +      +       +
-    host → remote pod               | +     -    -      -    -      -    -        -      -       -
-    host by its eth0 → remote pod   | +     -    -      -    -      -    -        -      -       -
-    outside → pod                   | +     -    -      -    -      -    -        -      -       -
-    outside → host's port           | +     +    +      +    +      +    +        +      +       +
+                                    | old    28.0   28.0+  28.2   28.2+  29+    29nft  29nft-  29nft+
+    pod → remote pod                | +      -      -      -      -      -      -      -      -
+    pod → pod beside it             | +      +      +      +      +      +      +      +      +
+    pod → outside                   | +      +      +      -      +      +      -      +      +
+    pod → remote host               | +      +      +      -      +      +      -      +      +
+    pod → remote published pod      | +      -      +      -      +      +      -      +      +
+    pod → remote host's port        | +      +      +      -      +      +      -      +      +
+    host → its pod                  | +      +      +      +      +      +      +      +      +
+    host → remote pod               | +      -      -      -      -      -      -      -      -
+    host by its eth0 → remote pod   | +      -      -      -      -      -      -      -      -
+    outside → pod                   | +      -      -      -      -      -      -      -      -
+    outside → host's port           | +      +      +      +      +      +      +      +      +
 ";
 
 /// What arrives without our rules where FORWARD drops. Docker's nftables accept nothing
 /// there; `b` is for: where there is no br_netfilter.
 const DROPPING: &str = "
-                                    | old   28.0 28.0+  28.2 28.2+  29+  28.2raw  29nft  29nft-  29nft+
-    pod → remote pod                | -     -    -      -    -      -    -        -      -       -
-    pod → pod beside it             | +     +    +      +    +      +    +        b      b       b
-    pod → outside                   | +     +    +      -    +      +    -        -      -       -
-    pod → remote host               | +     +    +      -    +      +    -        -      -       -
-    pod → remote published pod      | +     -    +      -    +      +    -        -      -       -
-    pod → remote host's port        | +     +    +      -    +      +    -        -      -       -
-    host → its pod                  | +     +    +      +    +      +    +        +      +       +
-    host → remote pod               | -     -    -      -    -      -    -        -      -       -
-    host by its eth0 → remote pod   | -     -    -      -    -      -    -        -      -       -
-    outside → pod                   | -     -    -      -    -      -    -        -      -       -
-    outside → host's port           | +     +    +      +    +      +    +        -      -       -
+                                    | old    28.0   28.0+  28.2   28.2+  29+    29nft  29nft-  29nft+
+    pod → remote pod                | -      -      -      -      -      -      -      -      -
+    pod → pod beside it             | +      +      +      +      +      +      b      b      b
+    pod → outside                   | +      +      +      -      +      +      -      -      -
+    pod → remote host               | +      +      +      -      +      +      -      -      -
+    pod → remote published pod      | +      -      +      -      +      +      -      -      -
+    pod → remote host's port        | +      +      +      -      +      +      -      -      -
+    host → its pod                  | +      +      +      +      +      +      +      +      +
+    host → remote pod               | -      -      -      -      -      -      -      -      -
+    host by its eth0 → remote pod   | -      -      -      -      -      -      -      -      -
+    outside → pod                   | -      -      -      -      -      -      -      -      -
+    outside → host's port           | +      +      +      +      +      +      -      -      -
 ";
 
 const FLOWS: [(&str, Flow); 11] = [
@@ -166,11 +165,6 @@ impl Beside<'_> {
         {
             let with = if self.hosts.engine == Engine::Nftables { with_nftables } else { WITH_OURS };
             self.renew(policy);
-            // What our rules cannot let pass is pointed out, and nothing else.
-            let docker = self.docker;
-            let in_the_way = cell(WITH_OURS, "pod → remote published pod", docker.column) == "-"
-                || ["28.2raw", "29nft-"].contains(&docker.column);
-            assert_eq!(self.advice().is_some(), in_the_way, "{docker:?}: {:?}", self.advice());
             self.check(without, false, &format!("FORWARD {policy}, without ours"), &mut wrong);
             for masquerade in [true, false] {
                 let wanted = Wanted { masquerade, random_fully: true, forward: true };
@@ -181,6 +175,10 @@ impl Beside<'_> {
 
                 assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
                 self.check(with, masquerade, &when("new"), &mut wrong);
+                // What our rules cannot let pass is pointed out, and nothing else.
+                let (docker, advice) = (self.docker, self.advice());
+                let in_the_way = cell(with, "pod → remote pod", docker.column) == "-";
+                assert_eq!(advice.is_some(), in_the_way, "{docker:?}, {}: {advice:?}", when("new"));
 
                 self.lose_ours();
                 assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
@@ -199,29 +197,7 @@ impl Beside<'_> {
     }
 
     fn ensure(&self, ours: &mut [LinuxFirewall; 2], wanted: Wanted) -> [Ensured; 2] {
-        let ensured = self.hosts.ensure(ours, wanted);
-        if self.docker.column != "old" {
-            self.stand_in();
-        }
-        ensured
-    }
-
-    /// What the rules are still to do by themselves: mark.
-    fn stand_in(&self) {
-        let mark = format!("{NETWORK_MARK:#x}");
-        let text = format!(
-            "table ip stand-in\ndelete table ip stand-in\ntable ip stand-in {{\n\
-             chain prerouting {{\ntype filter hook prerouting priority -150\n\
-             ip saddr {NETWORK} meta mark set meta mark or {mark}\n}}\n}}\n"
-        );
-        for host in [1, 2] {
-            self.hosts.feed(host, "nft", &["-f", "-"], &text);
-            if self.docker.column == "28.2raw" {
-                let words = format!("-w -t raw -I PREROUTING -s {NETWORK} -d 10.5.{host}.0/24 -j ACCEPT");
-                let [program, ..] = self.hosts.engine.programs();
-                self.hosts.feed(host, program, &words.split(' ').collect::<Vec<_>>(), "");
-            }
-        }
+        self.hosts.ensure(ours, wanted)
     }
 
     /// Puts back what a snapshot without our rules has: what a tool that saves and restores does.
@@ -244,11 +220,15 @@ impl Beside<'_> {
     /// What is said of Docker's rules as they are listed here.
     fn advice(&self) -> Option<String> {
         let [program, ..] = self.hosts.engine.programs();
-        let mut listing = self.hosts.feed(1, program, &["-t", "raw", "-S", "PREROUTING"], "");
-        if self.docker.file.ends_with(".nft") {
-            listing += &self.hosts.feed(1, "nft", &["list", "table", "ip", "docker-bridges"], "");
-        }
-        advice(&listing, "docker0")
+        let raw = self.hosts.feed(1, program, &["-t", "raw", "-S", "PREROUTING"], "");
+        let is_beside = self.hosts.engine == Engine::Nftables;
+        let filter = is_beside.then(|| self.hosts.feed(1, program, &["-S"], ""));
+        let bridges = match self.docker.file.ends_with(".nft") {
+            true => self.hosts.feed(1, "nft", &["list", "table", "ip", "docker-bridges"], ""),
+            false => String::new(),
+        };
+        let listing = Listing { raw: &raw, filter: filter.as_deref(), bridges: &bridges };
+        advice(&listing, NETWORK.parse().unwrap(), "docker0")
     }
 
     /// Compares what arrives with a grid.
@@ -315,10 +295,7 @@ fn beside(dockers: &[Docker]) {
             scope.spawn(move || {
                 let cluster = Cluster::new();
                 let hosts = Hosts { cluster: &cluster, engine };
-                // An accept among Docker's raw rules is one of iptables.
-                let concerned =
-                    dockers.iter().filter(|docker| engine != Engine::Nftables || docker.column != "28.2raw");
-                concerned.map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
+                dockers.iter().map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
             })
         });
         with_each.into_iter().map(|work| work.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
@@ -354,7 +331,7 @@ fn beside_docker_28_2() {
     let bare = Docker { file: "docker-28.2.iptables", column: "28.2", options: &[] };
     let options = &["--allow-direct-routing"];
 
-    beside(&[bare, Docker { column: "28.2+", options, ..bare }, Docker { column: "28.2raw", ..bare }]);
+    beside(&[bare, Docker { column: "28.2+", options, ..bare }]);
 }
 
 #[test]

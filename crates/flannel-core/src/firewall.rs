@@ -2,10 +2,13 @@
 //!
 //! Their meaning is flannel's (`pkg/trafficmngr`): traffic inside the network
 //! keeps its addresses, what leaves it is masqueraded, and what comes from or
-//! goes to it may be forwarded whatever Docker's policy says.
+//! goes to it may be forwarded whatever Docker's policy says. Since Docker 28
+//! drops more than that, what comes from the network for a container here is let
+//! in before it and carries a mark that Docker 29 can be told to accept.
 
 use std::fmt;
 
+use docker::NETWORK_MARK;
 use ipnetwork::IpNetwork;
 
 pub mod docker;
@@ -44,7 +47,7 @@ pub struct Ruleset {
 /// A chain of ours and where the kernel jumps to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
-    /// Which of the two.
+    /// Which of them.
     pub purpose: Purpose,
     /// In order.
     pub rules: Vec<Rule>,
@@ -57,6 +60,8 @@ pub enum Purpose {
     Masquerade,
     /// Lets packets through the host.
     Forward,
+    /// Lets packets of the network in, before others drop what does not come by their bridge.
+    Admit,
 }
 
 /// One rule: all matches must hold for the verdict to be given.
@@ -90,6 +95,8 @@ pub enum Verdict {
     Return,
     /// It passes.
     Accept,
+    /// It carries these bits of a mark from here on.
+    Mark(u32),
     /// It leaves with the host's own address.
     Masquerade {
         /// From a port that cannot be guessed.
@@ -129,7 +136,12 @@ pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<
         forwarding.rules =
             vec![rule(cluster, Match::Any, Verdict::Accept), rule(Match::Any, cluster, Verdict::Accept)];
     }
-    Ruleset { network, former, chains: vec![masquerading, forwarding] }
+    let mut admitting = Chain { purpose: Purpose::Admit, rules: vec![] };
+    if wanted.forward {
+        admitting.rules =
+            vec![rule(cluster, ours, Verdict::Mark(NETWORK_MARK)), rule(cluster, ours, Verdict::Accept)];
+    }
+    Ruleset { network, former, chains: vec![masquerading, forwarding, admitting] }
 }
 
 /// What is for many, in the family of a network.
@@ -138,8 +150,8 @@ fn multicast(network: IpNetwork) -> IpNetwork {
 }
 
 impl Purpose {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Masquerade, Self::Forward];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Masquerade, Self::Forward, Self::Admit];
 }
 
 impl Rule {
@@ -191,6 +203,7 @@ impl fmt::Display for Ruleset {
                 let name = match chain.purpose {
                     Purpose::Masquerade => "masquerade",
                     Purpose::Forward => "forward",
+                    Purpose::Admit => "admit",
                 };
                 write!(f, "{name}: ")?;
                 match rule.mark {
@@ -200,6 +213,7 @@ impl fmt::Display for Ruleset {
                 let verdict = match rule.verdict {
                     Verdict::Return => "leave alone",
                     Verdict::Accept => "accept",
+                    Verdict::Mark(mark) => &format!("mark {mark:#x}"),
                     Verdict::Masquerade { random_fully: true } => "masquerade from a random port",
                     Verdict::Masquerade { random_fully: false } => "masquerade",
                 };

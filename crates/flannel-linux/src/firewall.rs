@@ -17,6 +17,7 @@ use flannel_core::network::FirewallEngine;
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
+mod docker;
 mod ear;
 mod generation;
 mod insistence;
@@ -25,6 +26,7 @@ mod leftovers;
 pub mod nftables;
 mod program;
 
+use docker::Docker;
 use ear::{Concern, Ear};
 use iptables::{Family, IptablesFirewall};
 use leftovers::Leftovers;
@@ -41,6 +43,7 @@ const SHARE: u32 = 5;
 pub struct LinuxFirewall {
     engine: Engine,
     leftovers: Leftovers,
+    docker: Docker,
     ear: Option<Ear>,
     /// Whether something was heard that nobody has looked at yet.
     heard: bool,
@@ -91,7 +94,14 @@ impl LinuxFirewall {
     }
 
     fn with(engine: Engine, leftovers: Leftovers) -> Self {
-        Self { engine, leftovers, ear: None, heard: false, rests_until: Instant::now() }
+        Self {
+            engine,
+            leftovers,
+            docker: Docker::default(),
+            ear: None,
+            heard: false,
+            rests_until: Instant::now(),
+        }
     }
 
     /// Listens where the rules are, if the kernel tells of changes there.
@@ -129,6 +139,11 @@ impl Firewall for LinuxFirewall {
                 Engine::Nftables(_) => None,
             };
             self.leftovers.sweep(rules, on_nft).await;
+            let iptables = match &self.engine {
+                Engine::Iptables(iptables) => Some(iptables.program()),
+                Engine::Nftables(_) => None,
+            };
+            self.docker.look(rules, iptables).await;
         }
         self.listen(rules);
         self.rests_until = Instant::now() + began.elapsed() * (SHARE - 1);

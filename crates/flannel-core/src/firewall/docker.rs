@@ -1,10 +1,11 @@
 //! What Docker's own rules drop that no rule of ours can let pass, and which of
 //! its options take that back.
 //!
-//! A drop is final in nf_tables, in whichever table it stands. So where Docker's
-//! stands before ours, or beside them in a table of its own, only Docker can be
-//! asked to leave it out. `mk-docker-opts.sh` does, by version; here it is read
-//! off the rules whether that has worked:
+//! A drop is final in nf_tables, in whichever table it stands. Our jump goes before
+//! those of Docker's that stand in iptables; where they are in a table beside ours,
+//! or ours in one beside theirs, only Docker can be asked to leave them out.
+//! `mk-docker-opts.sh` does, by version; here it is read off the rules whether that
+//! has worked:
 //!
 //! ```text
 //!   28.0   iptables   raw PREROUTING   -d ADDRESS ! -i BRIDGE -p tcp --dport PORT -j DROP
@@ -15,6 +16,10 @@
 
 use std::fmt::Write;
 
+use ipnetwork::IpNetwork;
+
+use super::Purpose;
+
 /// The mark that our rules give to what comes from the network, a bit of its own
 /// that neither kube-proxy (0x4000, 0x8000) nor the CNI plugins (0x2000) use.
 pub const NETWORK_MARK: u32 = 0x1000;
@@ -22,19 +27,36 @@ pub const NETWORK_MARK: u32 = 0x1000;
 /// The option by which Docker leaves out its rules on direct access.
 const DIRECT_ROUTING: &str = "--allow-direct-routing";
 
-/// What dockerd is to be told so that packets of other hosts reach the containers
-/// on `bridge`; `None` if nothing of Docker's stands in their way.
-///
-/// `listing` is the raw table as `iptables -S` or the table `docker-bridges` as
-/// `nft list` shows it, or one after the other.
-pub fn advice(listing: &str, bridge: &str) -> Option<String> {
-    let lines = || listing.lines().map(Line::of);
+/// The rules of this host as they are listed, as far as they could be in our way.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Listing<'a> {
+    /// What `iptables -t raw -S PREROUTING` prints.
+    pub raw: &'a str,
+    /// What `iptables -S` prints; not asked for where our rules are in iptables, too.
+    pub filter: Option<&'a str>,
+    /// What `nft list table ip docker-bridges` prints.
+    pub bridges: &'a str,
+}
+
+/// What is to be changed so that packets of other hosts reach the containers on
+/// `bridge`; `None` if nothing stands in their way that our rules cannot pass.
+pub fn advice(listing: &Listing<'_>, network: IpNetwork, bridge: &str) -> Option<String> {
+    if listing.filter.is_some_and(|filter| iptables_drops(filter, network, bridge)) {
+        return Some(format!(
+            "rules in iptables drop what other hosts send to containers on {bridge}, and rules in nftables cannot let it \
+             pass: leave EnableNFTables out of the network config"
+        ));
+    }
+    // What stands behind our jump comes too late to drop what we admit.
+    let jump = Purpose::Admit.jump();
+    let raw = || listing.raw.lines().take_while(|line| line.trim_end() != jump);
+    let lines = || raw().chain(listing.bridges.lines()).map(Line::of);
     let mut options = vec![];
     let direct = lines().any(|line| line.drops_direct_access(bridge) && !line.has("--dport"));
     if direct {
         options.push(DIRECT_ROUTING.to_owned());
     }
-    if !accepts_our_mark(listing, bridge) {
+    if !accepts_our_mark(listing.bridges, bridge) {
         options.push(format!("--bridge-accept-fwmark={NETWORK_MARK:#x}/{NETWORK_MARK:#x}"));
     }
     let mut advice = format!("docker drops what other hosts send to containers on {bridge}");
@@ -50,6 +72,22 @@ pub fn advice(listing: &str, bridge: &str) -> Option<String> {
     };
     told.expect("a string takes all that is written to it");
     Some(advice)
+}
+
+/// Whether the filter table drops what comes for the bridge, whatever our rules in nftables say.
+fn iptables_drops(listing: &str, network: IpNetwork, bridge: &str) -> bool {
+    let network = network.to_string();
+    let mark = format!("{NETWORK_MARK:#x}/{NETWORK_MARK:#x}");
+    let has = |wanted: &dyn Fn(&Line<'_>) -> bool| listing.lines().map(Line::of).any(|line| wanted(&line));
+    let is_let_in = has(&|line| {
+        line.says(&["-j", "ACCEPT"])
+            && (line.says(&["--mark", &mark]) || line.says(&["-A", "FORWARD"]) && line.has(&network))
+    });
+    let drops = has(&|line| {
+        line.says(&["-P", "FORWARD", "DROP"])
+            || line.says(&["-A", "DOCKER", "!", "-i", bridge, "-o", bridge, "-j", "DROP"])
+    });
+    drops && !is_let_in
 }
 
 /// Whether Docker's nftables let pass what has our mark; they do where there are none.
@@ -145,14 +183,22 @@ mod tests {
         kept
     }
 
+    fn network() -> IpNetwork {
+        "10.5.0.0/16".parse().unwrap()
+    }
+
     fn advice_on(text: &str, options: &[&str]) -> Option<String> {
-        advice(&rules(text, options), "docker0")
+        said_of(&rules(text, options), "docker0")
+    }
+
+    fn said_of(rules: &str, bridge: &str) -> Option<String> {
+        advice(&Listing { raw: rules, filter: None, bridges: rules }, network(), bridge)
     }
 
     #[test]
     fn docker_to_27_needs_no_option() {
         assert_eq!(advice_on(DOCKER_27, &[]), None);
-        assert_eq!(advice("", "docker0"), None);
+        assert_eq!(said_of("", "docker0"), None);
     }
 
     #[test]
@@ -212,14 +258,43 @@ mod tests {
         ] {
             let rules = rules.replace("meta mark & 0x00001000 == 0x00001000", theirs);
 
-            assert_eq!(advice(&rules, "docker0").is_none(), ours, "{theirs}");
+            assert_eq!(said_of(&rules, "docker0").is_none(), ours, "{theirs}");
         }
     }
 
     #[test]
+    fn what_our_jump_stands_before_is_not_in_the_way() {
+        let (rules, jump) = (rules(DOCKER_28_2, &[]), Purpose::Admit.jump());
+        let of_raw = |raw: String| advice(&Listing { raw: &raw, ..Listing::default() }, network(), "docker0");
+
+        assert_eq!(of_raw(format!("{jump}\n{rules}")), None);
+        assert!(of_raw(format!("{rules}\n{jump}")).is_some());
+    }
+
+    #[test]
+    fn rules_in_nftables_cannot_pass_what_iptables_drops() {
+        let drop = "-A DOCKER ! -i docker0 -o docker0 -j DROP";
+        let marked = "-A DOCKER-FORWARD -m mark --mark 0x1000/0x1000 -j ACCEPT";
+        let by_hand = "-A FORWARD -s 10.5.0.0/16 -j ACCEPT";
+        let filter = |lines: &[&str]| {
+            let filter = lines.join("\n");
+            advice(&Listing { filter: Some(&filter), ..Listing::default() }, network(), "docker0")
+        };
+
+        for policy in ["-P FORWARD ACCEPT", "-P FORWARD DROP"] {
+            assert!(filter(&[policy, drop]).unwrap().contains("leave EnableNFTables out"));
+            for let_in in [marked, by_hand] {
+                assert_eq!(filter(&[policy, let_in, drop]), None);
+            }
+        }
+        assert!(filter(&["-P FORWARD DROP"]).is_some());
+        assert_eq!(filter(&["-P FORWARD ACCEPT", "-A DOCKER ! -i docker1 -o docker1 -j DROP"]), None);
+    }
+
+    #[test]
     fn other_bridges_are_not_our_concern() {
-        assert_eq!(advice(&rules(DOCKER_28_2, &[]), "docker1"), None);
-        assert_eq!(advice(&rules(DOCKER_29_NFT, &[]), "docker1"), None);
+        assert_eq!(said_of(&rules(DOCKER_28_2, &[]), "docker1"), None);
+        assert_eq!(said_of(&rules(DOCKER_29_NFT, &[]), "docker1"), None);
     }
 
     #[test]

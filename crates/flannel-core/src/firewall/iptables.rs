@@ -1,7 +1,7 @@
 //! The rules in iptables' own words: `-S` lists them so, `iptables-restore`
 //! takes them so, and comparing the two as text is sound.
 //!
-//! Another agent with another network may run on this host and use the same two
+//! Another agent with another network may run on this host and use the same
 //! chains. So a chain is not rewritten blindly: rules that name a network of
 //! ours are ours, the others keep their place in front.
 //!
@@ -31,14 +31,16 @@ impl Purpose {
         match self {
             Self::Masquerade => "nat",
             Self::Forward => "filter",
+            Self::Admit => "raw",
         }
     }
 
-    /// The name of our chain, flannel's.
+    /// The name of our chain: flannel's, where it has one.
     pub fn chain(self) -> &'static str {
         match self {
             Self::Masquerade => "FLANNEL-POSTRTG",
             Self::Forward => "FLANNEL-FWD",
+            Self::Admit => "FLANNEL-ADMIT",
         }
     }
 
@@ -47,6 +49,7 @@ impl Purpose {
         match self {
             Self::Masquerade => "POSTROUTING",
             Self::Forward => "FORWARD",
+            Self::Admit => "PREROUTING",
         }
     }
 
@@ -54,6 +57,7 @@ impl Purpose {
         match self {
             Self::Masquerade => "flanneld masq",
             Self::Forward => "flanneld forward",
+            Self::Admit => "flanneld admit",
         }
     }
 
@@ -93,13 +97,13 @@ impl Chain {
             line += &format!(" -m mark --mark {mark:#x}/{mask:#x}");
         }
         line += &format!(" -m comment --comment \"{}\" -j ", self.purpose.comment());
-        line += match rule.verdict {
-            Verdict::Return => "RETURN",
-            Verdict::Accept => "ACCEPT",
-            Verdict::Masquerade { random_fully: false } => "MASQUERADE",
-            Verdict::Masquerade { random_fully: true } => "MASQUERADE --random-fully",
-        };
-        line
+        line + &match rule.verdict {
+            Verdict::Return => "RETURN".to_owned(),
+            Verdict::Accept => "ACCEPT".to_owned(),
+            Verdict::Mark(mark) => format!("MARK --set-xmark {mark:#x}/{mark:#x}"),
+            Verdict::Masquerade { random_fully: false } => "MASQUERADE".to_owned(),
+            Verdict::Masquerade { random_fully: true } => "MASQUERADE --random-fully".to_owned(),
+        }
     }
 }
 
@@ -223,7 +227,9 @@ const POLICIES: [&str; 5] = ["cali-", "KUBE-", "CILIUM_", "WEAVE-", "FELIX-"];
 const HARMLESS: [&str; 3] = [OPERATOR, "FLANNEL-", "DOCKER-ISOLATION-STAGE-1"];
 
 /// Targets after which a packet goes on to the next rule.
-const PASSING: [&str; 16] = [
+const PASSING: [&str; 18] = [
+    "CT",
+    "NOTRACK",
     "LOG",
     "NFLOG",
     "ULOG",
@@ -258,7 +264,7 @@ fn shadow<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed, flat: &[&St
         }
         match purpose {
             // We would say the same.
-            Purpose::Forward => to != "ACCEPT",
+            Purpose::Forward | Purpose::Admit => to != "ACCEPT",
             // Who comes from elsewhere is masqueraded by us too, or else by this rule after all.
             Purpose::Masquerade => to != "MASQUERADE" || comes_from_us(rules, line),
         }

@@ -62,6 +62,9 @@ fn hook(purpose: Purpose) -> Hook {
         Purpose::Forward => {
             Hook { chain: "forward", kind: "filter", hook: "forward", priority: ("filter", 0) }
         }
+        Purpose::Admit => {
+            Hook { chain: "admit", kind: "filter", hook: "prerouting", priority: ("raw", -300) }
+        }
     }
 }
 
@@ -178,6 +181,11 @@ fn read_rule(expressions: &[Value]) -> Option<Rule> {
     let verdict = match (name, detail) {
         ("return", Value::Null) => Verdict::Return,
         ("accept", Value::Null) => Verdict::Accept,
+        ("mangle", detail) if detail["key"]["meta"]["key"] == "mark" => {
+            let [key, bits] = detail["value"].get("|")?.as_array()?.as_slice() else { return None };
+            let bits = bits.as_u64().filter(|_| key["meta"]["key"] == "mark")?;
+            Verdict::Mark(u32::try_from(bits).ok()?)
+        }
         ("masquerade", Value::Null) => Verdict::Masquerade { random_fully: false },
         ("masquerade", detail) if detail.as_object()?.keys().eq(["flags"]) => {
             // One flag stands alone or in a list of one.
@@ -304,13 +312,13 @@ fn line(rule: &Rule, family: &str) -> String {
             Match::NotIn(network) => line += &format!("{family} {field} != {network} "),
         }
     }
-    line += match rule.verdict {
-        Verdict::Return => "return",
-        Verdict::Accept => "accept",
-        Verdict::Masquerade { random_fully: false } => "masquerade",
-        Verdict::Masquerade { random_fully: true } => "masquerade fully-random",
-    };
-    line
+    line + &match rule.verdict {
+        Verdict::Return => "return".to_owned(),
+        Verdict::Accept => "accept".to_owned(),
+        Verdict::Mark(mark) => format!("meta mark set meta mark | {mark:#x}"),
+        Verdict::Masquerade { random_fully: false } => "masquerade".to_owned(),
+        Verdict::Masquerade { random_fully: true } => "masquerade fully-random".to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! status; its other calls read every failure as "not there". What is to be
 //! written goes to `iptables-restore`, a table in one transaction.
 //!
-//! A check forks four processes. Where the rules are in nf_tables it can wait
+//! A check forks six processes. Where the rules are in nf_tables it can wait
 //! until something has changed, because the kernel counts the changes:
 //!
 //! ```text
@@ -186,17 +186,28 @@ impl Programs {
         if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == before) {
             return Ok(Check { ensured: Ensured::Unchanged, found, above: None });
         }
-        let (mut writes, mut above) = (0, None);
+        let (mut writes, mut texts, mut above) = (0, String::new(), None);
         for chain in &rules.chains {
-            let listed = self.list(chain.purpose)?;
+            let listed = match self.list(chain.purpose) {
+                // Only beside Docker from 28 on it is needed, which would not start without it.
+                Err(HostError::Missing { missing, .. }) if chain.purpose == Purpose::Admit => {
+                    debug!(missing, "there is no raw table");
+                    continue;
+                }
+                listed => listed?,
+            };
             if let Some(text) = restore(&rules, chain, &listed, place) {
                 if !chain.rules.is_empty() {
                     let rule = first_above(&rules, chain.purpose, &listed);
                     above = above.or(rule.map(|rule| (chain.purpose, rule.to_owned())));
                 }
-                self.restore(&text)?;
+                texts += &text;
                 writes += 1;
             }
+        }
+        if writes > 0 {
+            // Each table is a transaction of its own.
+            self.restore(&texts)?;
         }
         Ok(match writes {
             0 => Check { ensured: Ensured::Unchanged, found: Found::at(rules, before), above },

@@ -44,6 +44,7 @@ pub(super) fn left_in<'a>(rules: &Ruleset, chain: &Chain, parent: &'a [String]) 
             || match chain.purpose {
                 Purpose::Masquerade => signed(&shape),
                 Purpose::Forward => !chain.rules.is_empty(),
+                Purpose::Admit => false,
             }
     };
     parent.iter().filter(is_left).collect()
@@ -60,6 +61,7 @@ impl Shape {
     fn fits(&self, bare: &str) -> bool {
         let Self { purpose, network } = self;
         match purpose {
+            Purpose::Admit => false,
             Purpose::Forward => {
                 ["-s", "-d"].iter().any(|side| bare == format!("-A FORWARD {side} {network} -j ACCEPT"))
             }
