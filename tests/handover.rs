@@ -215,6 +215,43 @@ fn connections_go_on_while_the_rules_become_ours() {
 }
 
 #[test]
+fn nothing_leaves_with_its_own_address_while_the_rules_change() {
+    let only_the_host_s = |sources: BTreeMap<Ipv4Addr, usize>, what: &str| {
+        let (host, number) = (Host(1).address(), sources.values().sum::<usize>());
+        assert!(number > 0 && sources.keys().eq([&host]), "{what}: {sources:?}");
+    };
+    on_hosts(|hosts| {
+        let during = |work: &dyn Fn()| hosts.cluster.sources_during(Pod(1), Outside, work);
+        let engine = hosts.engine;
+        for other in ENGINES {
+            bare(hosts, "");
+            fresh(&Hosts { engine: other, ..*hosts });
+            let seen = during(&|| drop(hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED)));
+            only_the_host_s(seen, &format!("from {other:?} to {engine:?}"));
+        }
+        for random_fully in [false, true] {
+            let seen = during(&|| {
+                let wanted = Wanted { random_fully, ..WANTED };
+                assert_eq!(hosts.ensure(&mut [engine.ours(), engine.ours()], wanted), [Ensured::Written; 2]);
+            });
+            only_the_host_s(seen, &format!("{engine:?}, random ports {random_fully}"));
+        }
+        for file in FLANNELD {
+            bare(hosts, file);
+            hosts.load(file, &[]);
+            let seen = during(&|| drop(hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED)));
+            only_the_host_s(seen, &format!("from {file} to {engine:?}"));
+        }
+        // It would be seen.
+        let seen = during(&|| {
+            bare(hosts, "");
+            fresh(hosts);
+        });
+        assert!(seen.contains_key(&Pod(1).address()), "{seen:?}");
+    });
+}
+
+#[test]
 fn what_we_leave_to_a_go_flanneld_harms_nothing() {
     on_hosts(|hosts| {
         for file in FLANNELD {

@@ -19,10 +19,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::panic::resume_unwind;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -285,6 +285,46 @@ impl Cluster {
                 .expect("it is a socket");
         }
         Conversation { near, far, seen }
+    }
+
+    /// Sends one datagram after the other, each from a port of its own, for as long as the
+    /// work takes; how many came from which address, as their receiver sees it.
+    ///
+    /// # Panics
+    /// If the work does, or there is no socket to be had.
+    pub fn sources_during(&self, from: Place, to: Place, work: impl FnOnce()) -> BTreeMap<Ipv4Addr, usize> {
+        let is_over = AtomicBool::new(false);
+        let receiver = self.inside(to, || UdpSocket::bind((to.address(), 0))).expect("a port is free");
+        receiver.set_read_timeout(Some(SILENCE)).expect("it is a socket");
+        let address = receiver.local_addr().expect("it is bound");
+        thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                self.inside(from, || {
+                    while !is_over.load(Ordering::Relaxed) {
+                        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a port is free");
+                        // What the rules drop or the kernel refuses does not arrive.
+                        drop(socket.send_to(b"x", address));
+                        thread::sleep(Duration::from_micros(100));
+                    }
+                });
+            });
+            let receiving = scope.spawn(|| {
+                let (mut sources, mut byte) = (BTreeMap::new(), [0]);
+                loop {
+                    match receiver.recv_from(&mut byte) {
+                        Ok((_, SocketAddr::V4(source))) => *sources.entry(*source.ip()).or_default() += 1,
+                        _ if is_over.load(Ordering::Relaxed) => return sources,
+                        _ => {}
+                    }
+                }
+            });
+            let outcome = catch_unwind(AssertUnwindSafe(work));
+            is_over.store(true, Ordering::Relaxed);
+            sender.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let sources = receiving.join().unwrap_or_else(|panic| resume_unwind(panic));
+            outcome.unwrap_or_else(|panic| resume_unwind(panic));
+            sources
+        })
     }
 
     /// A socket that connects from that place, whoever uses it.
