@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use flannel_core::chain::chain;
 use flannel_core::lease::{HostIdentity, Tenure};
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use flannel_etcd::EtcdStore;
@@ -178,6 +179,29 @@ async fn a_host_that_moves_to_the_address_of_one_that_is_no_more_has_it_alone() 
     let held = store(&client).publish(&held, &host(2)).await.unwrap();
 
     assert_eq!(store(&client).list().await.unwrap().leases, [held.lease]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_was_quiet_for_long_is_not_called_silent_when_it_ends() {
+    for seed in 0..40 {
+        let etcd = SimEtcd::start();
+        let client = etcd.client(seed);
+        let mut watch = store(&client).watch();
+        watch.next().await.unwrap();
+        let next = tokio::spawn(async move { watch.next().await });
+        sleep(Duration::from_secs(1000)).await;
+
+        etcd.down(true);
+        sleep(Duration::from_millis(1200)).await;
+        etcd.down(false);
+        sleep(Duration::from_secs(1)).await;
+        etcd.put(&key(7), host(2).to_json().as_bytes());
+
+        if let Err(error) = next.await.unwrap() {
+            let words = chain(&error);
+            assert!(!words.contains("nothing heard"), "seed {seed}: {words}");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
