@@ -318,26 +318,38 @@ async fn the_lease_is_renewed_every_hour_and_a_minute_after_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reservation_is_never_renewed() {
+async fn a_reservation_is_looked_at_every_hour_and_put_right_as_often_as_a_lease() {
     let own = Lease { tenure: Tenure::Reserved, ..peer(1, 1, 1) };
-    let mut host =
-        Host::start_holding(MemoryStore::default(), FakeNetwork::default(), FakeFirewall::default(), own);
+    let bent = Lease { tenure: Tenure::Reserved, ..peer(1, 0x77, 1) };
+    let mut host = Host::start_holding(
+        MemoryStore::default(),
+        FakeNetwork::default(),
+        FakeFirewall::default(),
+        own.clone(),
+    );
     host.ready().await;
 
-    tokio::time::sleep(100 * 60 * MINUTE).await;
+    for _ in 0..10 {
+        host.store.put(bent.clone());
+        host.store.until(|store| store.leases[&subnet(1)] == own).await;
+        tokio::time::sleep(61 * MINUTE).await;
+        host.ready().await;
+    }
 
-    assert_eq!(host.store.inner().renewals, 0);
+    assert!(host.store.inner().writes == 10 && host.store.inner().renewals >= 8);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lease_made_a_reservation_while_running_is_no_longer_renewed() {
-    let host = Host::in_sync().await;
+async fn a_lease_made_a_reservation_while_running_has_no_end() {
+    let mut host = Host::in_sync().await;
     host.store.put(Lease { tenure: Tenure::Reserved, ..peer(1, 1, 1) });
+    host.store.until(|store| store.renewals == 1).await;
+    host.ready().await;
 
+    host.store.inner().away = true;
     tokio::time::sleep(100 * 60 * MINUTE).await;
 
-    // The one call that learns of it.
-    assert_eq!(host.store.inner().renewals, 1);
+    host.ready().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -537,6 +549,30 @@ async fn a_value_of_our_lease_that_somebody_changed_is_put_right_but_not_for_eve
     let words = host.not_ready().await;
     tokio::time::sleep(10 * MINUTE).await;
     assert!(host.not_ready().await.contains("somebody keeps writing"), "{words}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_somebody_keeps_giving_another_address_is_put_right_but_not_for_ever() {
+    let mut host = Host::in_sync().await;
+    let bent = Lease { attrs: peer(1, 1, 9).attrs, ..peer(1, 1, 1) };
+    host.store.inner().ours.push(subnet(1));
+    let writes = host.store.inner().writes;
+
+    let (store, spoiler) = (host.store.clone(), bent.clone());
+    store.put(spoiler.clone());
+    tokio::spawn(async move {
+        loop {
+            store.until(|store| store.leases[&subnet(1)] != spoiler).await;
+            store.put(spoiler.clone());
+        }
+    });
+    host.status
+        .wait_for(|status| status.pending().join("; ").contains("somebody keeps writing"))
+        .await
+        .unwrap();
+    tokio::time::sleep(10 * MINUTE).await;
+
+    assert_eq!(host.store.inner().writes, writes + 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -206,7 +206,10 @@ impl LeaseStore for MemoryStore {
         let standing = self.inner().leases.get(&held.lease.subnet).cloned();
         let ours = [held.lease.attrs.public_ip, attrs.public_ip];
         let tenure = match &standing {
-            Some(other) if !ours.contains(&other.attrs.public_ip) => {
+            Some(other)
+                if !ours.contains(&other.attrs.public_ip)
+                    && !self.inner().ours.contains(&held.lease.subnet) =>
+            {
                 let holder = other.attrs.public_ip.map(|holder| holder.to_string());
                 return Err(StoreError::Lost { subnet: held.lease.subnet, holder });
             }

@@ -3,7 +3,8 @@
 //! A term is 24 hours and renewing is one small message that no peer sees, so
 //! it is sent every hour rather than once at the end: an outage of the store
 //! then finds nearly the whole term ahead of it. `--subnet-lease-renew-margin`
-//! stays what it is in flannel, the latest moment before the end.
+//! stays what it is in flannel, the latest moment before the end. A reservation
+//! has no end, and is looked at as often.
 
 use std::time::{Duration, Instant};
 
@@ -20,19 +21,19 @@ const AFTER_FAILURE: Duration = Duration::from_secs(60);
 pub struct LeaseKeeper {
     margin: Duration,
     expiry: Expiry,
-    next: Option<Instant>,
+    next: Instant,
 }
 
 impl LeaseKeeper {
     /// Starts keeping a lease that was given to us `now`.
     pub fn new(margin: Duration, expiry: Expiry, now: Instant) -> Self {
-        let mut keeper = Self { margin, expiry, next: None };
+        let mut keeper = Self { margin, expiry, next: now };
         keeper.renewed(expiry, now);
         keeper
     }
 
-    /// When to renew next; never for a reservation.
-    pub fn next_renewal(&self) -> Option<Instant> {
+    /// When to renew next.
+    pub fn next_renewal(&self) -> Instant {
         self.next
     }
 
@@ -45,19 +46,19 @@ impl LeaseKeeper {
     pub fn renewed(&mut self, expiry: Expiry, now: Instant) {
         self.expiry = expiry;
         self.next = match expiry {
-            Expiry::Never => None,
+            Expiry::Never => now + USUAL,
             Expiry::At(end) => {
                 let left = end.saturating_duration_since(now);
                 // A term shorter than the margin would be renewed without a pause.
                 let latest = left.checked_sub(self.margin).unwrap_or(left / 2);
-                Some(now + latest.min(USUAL))
+                now + latest.min(USUAL)
             }
         };
     }
 
     /// Renewing failed `now`.
     pub fn failed(&mut self, now: Instant) {
-        self.next = self.next.map(|_| now + AFTER_FAILURE);
+        self.next = now + AFTER_FAILURE;
     }
 }
 
@@ -79,7 +80,7 @@ mod tests {
 
         let keeper = LeaseKeeper::new(HOUR, Expiry::At(now + 24 * HOUR), now);
 
-        assert_eq!(keeper.next_renewal(), Some(now + HOUR));
+        assert_eq!(keeper.next_renewal(), now + HOUR);
     }
 
     #[test]
@@ -88,7 +89,7 @@ mod tests {
 
         let keeper = LeaseKeeper::new(HOUR * 239 / 10, Expiry::At(now + 24 * HOUR), now);
 
-        assert_eq!(keeper.next_renewal(), Some(now + HOUR / 10));
+        assert_eq!(keeper.next_renewal(), now + HOUR / 10);
     }
 
     #[test]
@@ -97,17 +98,16 @@ mod tests {
 
         let keeper = LeaseKeeper::new(HOUR, Expiry::At(now + HOUR / 2), now);
 
-        assert_eq!(keeper.next_renewal(), Some(now + HOUR / 4));
+        assert_eq!(keeper.next_renewal(), now + HOUR / 4);
     }
 
     #[test]
-    fn a_reservation_is_never_renewed() {
+    fn a_reservation_is_looked_at_every_hour() {
         let now = now();
-        let mut keeper = LeaseKeeper::new(HOUR, Expiry::Never, now);
 
-        keeper.failed(now);
+        let keeper = LeaseKeeper::new(HOUR, Expiry::Never, now);
 
-        assert_eq!(keeper.next_renewal(), None);
+        assert_eq!(keeper.next_renewal(), now + HOUR);
     }
 
     #[test]
@@ -117,6 +117,6 @@ mod tests {
 
         keeper.failed(now + HOUR);
 
-        assert_eq!(keeper.next_renewal(), Some(now + HOUR + AFTER_FAILURE));
+        assert_eq!(keeper.next_renewal(), now + HOUR + AFTER_FAILURE);
     }
 }

@@ -306,7 +306,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         let mut audit = tokio::time::interval_at(Instant::now() + audits, audits);
         audit.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let renewal = self.keeper.next_renewal().filter(|_| self.tenancy == Tenancy::Held);
+            let renewal = Some(self.keeper.next_renewal()).filter(|_| self.tenancy == Tenancy::Held);
             let file_due = self.file_due.filter(|_| self.node_stands && self.rules_seen);
             tokio::select! {
                 // The timers first: a store that never pauses must not keep a lease from being renewed.

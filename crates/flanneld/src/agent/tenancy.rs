@@ -84,8 +84,6 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             if let Some(stray) = self.strays.pop_first() {
                 self.give_back(stray);
             }
-        } else if published.attrs.public_ip != ours.attrs.public_ip {
-            self.restore("our lease was overwritten in the store");
         } else if published.attrs == ours.attrs {
             info!(subnet = %ours.subnet, tenure = ?published.tenure, "the tenure of our lease was changed in the store");
             match published.tenure {
@@ -99,7 +97,11 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             }
         } else if self.rewrites_left > 0 {
             self.rewrites_left -= 1;
-            self.restore("our lease says what we did not write");
+            // Whose it is then, the store knows.
+            self.restore(match published.attrs.public_ip == ours.attrs.public_ip {
+                true => "our lease says what we did not write",
+                false => "our lease was overwritten in the store",
+            });
         } else if !std::mem::replace(&mut self.disputed, true) {
             let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
             error!(
