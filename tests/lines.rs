@@ -173,12 +173,215 @@ async fn a_host_that_moves_to_the_address_of_one_that_is_no_more_has_it_alone() 
     let etcd = SimEtcd::start();
     let client = etcd.client(1);
     let gone = store_of(&client, machine("b", "boot-1"));
-    gone.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let theirs = gone.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
     let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
 
     let held = store(&client).publish(&held, &host(2)).await.unwrap();
 
     assert_eq!(store(&client).list().await.unwrap().leases, [held.lease]);
+    // The etcd lease is the other one's, who may use it again.
+    assert!(etcd.leases().contains(&(theirs.handle, 0)), "{:?}", etcd.leases());
+}
+
+#[tokio::test(start_paused = true)]
+async fn hosts_that_exchange_addresses_do_not_wait_for_each_other() {
+    let etcd = SimEtcd::start();
+    let mut hosts = vec![];
+    for (number, id) in [(1, "a"), (2, "b"), (3, "c")] {
+        let store = store_of(&etcd.client(number), machine(id, "boot-1"));
+        let number = u8::try_from(number).unwrap();
+        let held = store.acquire(&config(), &host(number), Some(subnet(number))).await.unwrap();
+        tokio::spawn(store.hold(&held));
+        hosts.push((store, held));
+    }
+    let before = hosts[0].0.list().await.unwrap();
+
+    // Each wants the address of the next one.
+    for (place, wanted) in [(0, 2), (1, 3)] {
+        let (store, held) = &hosts[place];
+        assert!(matches!(store.publish(held, &host(wanted)).await, Err(StoreError::Twin { .. })));
+    }
+    assert_eq!(hosts[0].0.list().await.unwrap(), before);
+    for (place, wanted) in [(2, 1), (1, 3), (0, 2)] {
+        let (store, held) = &hosts[place];
+        store.publish(held, &host(wanted)).await.unwrap();
+    }
+
+    let leases = hosts[0].0.list().await.unwrap().leases;
+    let addresses: Vec<_> = leases.iter().map(|lease| lease.attrs.public_ip).collect();
+    assert_eq!(addresses, [2, 3, 1].map(|number| host(number).public_ip));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lease_of_a_host_that_died_while_it_waited_for_another_address_goes_after_a_while() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    store(&client).publish(&held, &host(2)).await.unwrap_err();
+
+    let moved = neighbour.publish(&theirs, &host(1)).await.unwrap();
+    neighbour.give_back(&moved, subnet(8)).await.unwrap();
+    let soon = keys(&etcd);
+    sleep(Duration::from_secs(3600)).await;
+    neighbour.give_back(&moved, subnet(8)).await.unwrap();
+
+    assert_eq!(soon, [record_key(7), record_key(8), key(7), key(8)]);
+    assert_eq!(keys(&etcd), [record_key(7), key(7)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_vanishes_while_its_host_waits_for_another_address_is_back() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    etcd.delete(&key(8));
+
+    let refused = store(&client).publish(&held, &host(2)).await;
+
+    assert!(matches!(refused, Err(StoreError::Twin { .. })), "{refused:?}");
+    let leases = store(&client).list().await.unwrap().leases;
+    assert!(leases.contains(&held.lease), "{leases:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_starts_and_waits_for_another_address_keeps_its_lease_alive() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    for boot in ["boot-1", "boot-2", "boot-2"] {
+        sleep(Duration::from_secs(50_000)).await;
+        neighbour.renew(&theirs).await.unwrap();
+        let restarted = store_of(&client, machine("a", boot));
+        let refused = restarted.acquire(&config(), &host(2), Some(subnet(8))).await;
+        assert!(matches!(refused, Err(StoreError::Twin { .. })), "{refused:?}");
+    }
+
+    let leases = store(&client).list().await.unwrap().leases;
+    assert!(leases.contains(&held.lease), "{leases:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_a_disk_does_not_give_up_its_own_subnet_for_one_that_answers() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let original = store_of(&other, machine("a", "boot-1"));
+    let theirs = original.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(original.hold(&theirs));
+    let before = store_of(&client, machine("a", "boot-2"));
+    let before = before.acquire(&config(), &host(2), Some(subnet(8))).await.unwrap();
+
+    // As each boot of the copy begins.
+    let copy = store_of(&client, machine("a", "boot-3"));
+    let held = copy.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+
+    assert_eq!((held.lease.subnet, held.handle), (subnet(8), before.handle));
+    original.renew(&theirs).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reservation_of_a_host_that_does_not_answer_stays() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    etcd.put(&key(7), host(2).to_json().as_bytes());
+    let record = r#"{"HostID":"b","BootID":"boot-1","Hostname":"b","PublicIP":"192.168.0.2"}"#;
+    etcd.put(&record_key(7), record.as_bytes());
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+
+    let held = store(&client).publish(&held, &host(2)).await.unwrap();
+    store(&client).give_back(&held, subnet(7)).await.unwrap();
+
+    assert_eq!(keys(&etcd), [record_key(7), record_key(8), key(7), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_is_not_taken_over_without_the_right_to_see_the_answer() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let twin = store_of(&other, machine("b", "boot-1"));
+    let theirs = twin.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(twin.hold(&theirs));
+    // The list, what stands there, the question, and then the watch for its answer.
+    client.fates([PROMPT, PROMPT, PROMPT, Fate::Answered(Duration::from_secs(1), Duration::ZERO)]);
+    let store = store(&client);
+    let acquiring = tokio::spawn(async move { store.acquire(&config(), &host(1), None).await });
+
+    sleep(Duration::from_millis(500)).await;
+    client.keep_out_of(&format!("{PREFIX}/hosts/"));
+    let refused = acquiring.await.unwrap();
+
+    assert!(matches!(refused, Err(StoreError::Refused { .. })), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_has_slept_too_long_asks_whether_its_address_is_another_s_by_now() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    sleep(Duration::from_secs(100_000)).await;
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let _answering = tokio::spawn(neighbour.hold(&theirs));
+
+    let refused = store(&client).publish(&held, &host(1)).await;
+
+    assert!(matches!(refused, Err(StoreError::Twin { .. })), "{refused:?}");
+    assert_eq!(keys(&etcd), [record_key(7), key(7)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_user_who_is_given_the_right_later_answers_from_the_next_renewal_on() {
+    for reserved in [false, true] {
+        let etcd = SimEtcd::start();
+        let client = etcd.client(1);
+        client.keep_out_of(&format!("{PREFIX}/hosts/"));
+        if reserved {
+            etcd.put(&key(8), host(1).to_json().as_bytes());
+        }
+        let store = store(&client);
+        let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+        let _answering = tokio::spawn(store.hold(&held));
+        store.renew(&held).await.unwrap();
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(keys(&etcd), [key(8)]);
+
+        client.let_in();
+        store.renew(&held).await.unwrap();
+        sleep(Duration::from_secs(10)).await;
+
+        assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+        let other = store_of(&etcd.client(2), machine("b", "boot-1"));
+        let refused = other.acquire(&config(), &host(1), None).await;
+        assert!(matches!(refused, Err(StoreError::Twin { .. })), "{refused:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_another_host_gives_back_in_a_moment_is_not_lost() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let holding = tokio::spawn(store.hold(&held));
+    sleep(Duration::from_secs(1)).await;
+
+    let theirs = r#"{"HostID":"b","BootID":"boot-1","Hostname":"b","PublicIP":"192.168.0.2"}"#;
+    etcd.bend(&record_key(8), theirs.as_bytes());
+    sleep(Duration::from_secs(1)).await;
+    etcd.delete(&record_key(8));
+    sleep(Duration::from_secs(10)).await;
+
+    assert!(!holding.is_finished());
+    assert_eq!(keys(&etcd), [record_key(8), key(8)]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -326,6 +326,11 @@ impl SimClient {
         self.with_line(|line| line.forbidden = Some(prefix.into()));
     }
 
+    /// This user may touch all keys again.
+    pub fn let_in(&self) {
+        self.with_line(|line| line.forbidden = None);
+    }
+
     fn may(&self, keys: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Result<(), Refusal> {
         let forbidden = self.with_line(|line| line.forbidden.clone());
         let is_forbidden =

@@ -19,6 +19,12 @@
 //!                        └──▶ 3 s, and asks is as it was ──▶ the lease is taken over
 //! ```
 //!
+//! Whoever comes to an address with a subnet of its own asks the same of a lease
+//! elsewhere that names this address, and deletes it if nobody answers, unless it is
+//! a reservation. If somebody does, the newcomer's record tells where it is, though
+//! its lease may not yet; so those who exchange addresses see that the other one has
+//! left, and do not wait for each other.
+//!
 //! The last word has the transaction that takes over, which compares all three
 //! keys; what is watched meanwhile only makes the answer come sooner. A key
 //! without a record, or with one on another etcd lease, was written by a Go
@@ -26,6 +32,7 @@
 //! touch `hosts/`.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -69,9 +76,13 @@ pub(crate) enum Recorded {
 
 impl Record {
     pub(crate) fn of(host: &HostIdentity, attrs: &LeaseAttrs) -> Self {
+        Self { host: host.clone(), address: Self::address(attrs) }
+    }
+
+    fn address(attrs: &LeaseAttrs) -> String {
         let v4 = attrs.public_ip.map(|address| address.to_string());
         let v6 = || attrs.public_ipv6.map(|address| address.to_string());
-        Self { host: host.clone(), address: v4.or_else(v6).unwrap_or_default() }
+        v4.or_else(v6).unwrap_or_default()
     }
 
     pub(crate) fn to_json(&self) -> String {
@@ -99,6 +110,12 @@ impl Record {
         let id = text("HostID").filter(|id| !id.is_empty())?;
         let host = HostIdentity { id: shown(id), boot: text("BootID")?, name: shown(text("Hostname")?) };
         Some(Self { host, address: shown(text("PublicIP")?) })
+    }
+
+    /// Whether it says that its host is elsewhere than a host with `attrs`: one that waits for
+    /// another address has its lease name the former one meanwhile.
+    pub(crate) fn is_elsewhere(&self, attrs: &LeaseAttrs) -> bool {
+        !self.address.is_empty() && self.address != Self::address(attrs)
     }
 
     /// The host, for people.
@@ -133,14 +150,22 @@ impl<K: Kv> Registry<K> {
         Ok(answer)
     }
 
-    /// There are no records for us from now on.
+    /// There are no records for us until the next renewal.
     fn unfence(&self) {
-        if self.host.is_some() && !self.unfenced.swap(true, Ordering::Relaxed) {
+        self.unfenced.store(true, Ordering::Relaxed);
+        if self.host.is_some() && !self.said_unfenced.swap(true, Ordering::Relaxed) {
             let hosts = self.layout.hosts();
             warn!(
                 "etcd does not let this user write below {hosts}, so another host with our address would not be \
                  noticed; to allow it: etcdctl role grant-permission ROLE --prefix=true readwrite {hosts}"
             );
+        }
+    }
+
+    /// Forgets that there are no records for us: the permission may have been given since.
+    pub(crate) fn fence_again(&self) {
+        if self.unfenced.swap(false, Ordering::Relaxed) {
+            self.fence_again.notify_waiters();
         }
     }
 
@@ -246,6 +271,13 @@ impl<K: Kv> Registry<K> {
         std::future::pending().await
     }
 
+    /// Resolves when the other host that has our subnet has done something about it, or after a
+    /// while: in a store that was restored it may find one too many of its own.
+    pub(crate) async fn given_back(&self, subnet: &Subnet, standing: &Standing) {
+        let given_back = timeout(ANSWER, self.stirred(subnet, standing.moment.revision)).await.is_ok();
+        debug!(%subnet, given_back, "another host has our subnet");
+    }
+
     /// The holder that answered, for whoever asked.
     pub(crate) fn twin(&self, subnet: Subnet, them: &Record, attrs: &LeaseAttrs) -> StoreError {
         let us = self.host.as_ref().map(|host| Record::of(host, attrs).words()).unwrap_or_default();
@@ -257,7 +289,12 @@ impl<K: Kv> Registry<K> {
         let subnet = lease.subnet;
         let mut named = BTreeSet::new();
         let mut delays = delays();
-        while self.fenced().is_some() {
+        loop {
+            let mut again = pin!(self.fence_again.notified());
+            again.as_mut().enable();
+            if self.fenced().is_none() {
+                again.await;
+            }
             let began = Instant::now();
             match self.hold_while_connected(&lease, &mut named).await {
                 Ok(Some(holder)) => return StoreError::Lost { subnet, holder: Some(holder) },
@@ -267,7 +304,6 @@ impl<K: Kv> Registry<K> {
             }
             sleep(delays.next().unwrap_or(ANSWER)).await;
         }
-        std::future::pending().await
     }
 
     /// The same until the connection breaks; who holds it then, if somebody else does.
@@ -280,7 +316,7 @@ impl<K: Kv> Registry<K> {
         let keys = self.layout.record_keys(&subnet);
         let mut standing = self.standing(&subnet).await?;
         let since = Range { revision: standing.moment.revision + 1, ..self.layout.around_record(&subnet) };
-        let mut stream = None;
+        let (mut stream, mut patient) = (None, true);
         loop {
             if standing.record.is_none() {
                 // Without one whoever has our address is taken for us.
@@ -288,7 +324,12 @@ impl<K: Kv> Registry<K> {
             }
             // Looked at before the watch is open, so that a question is answered that was asked meanwhile.
             if let Some(holder) = self.look(subnet, &standing, named).await? {
-                return Ok(Some(holder));
+                if !std::mem::take(&mut patient) {
+                    return Ok(Some(holder));
+                }
+                self.given_back(&subnet, &standing).await;
+                standing = self.standing(&subnet).await?;
+                continue;
             }
             let stream = match &mut stream {
                 Some(stream) => stream,
@@ -326,12 +367,15 @@ impl<K: Kv> Registry<K> {
             then: vec![Op::Delete(asks.into())],
             read: vec![],
         };
-        self.kv.txn(txn).await?;
+        if !self.kv.txn(txn).await?.succeeded {
+            return Ok(None);
+        }
         let asker = Record::read(question).map_or_else(|| "somebody".into(), |asker| asker.words());
         if named.len() < NAMED && named.insert(asker.clone()) {
             warn!(
                 %subnet, asker,
-                "another host wants our subnet: it has our public address, or a copy of our disk; told it that we live"
+                "another host wants our address or our subnet: it has our public address, or a copy of our disk; told it \
+                 that we live"
             );
         }
         Ok(None)

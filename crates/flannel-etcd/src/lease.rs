@@ -31,6 +31,9 @@ use crate::registry::{Registry, Standing, TERM, Written};
 /// How long races may be lost before something else must be wrong.
 const RACING: Duration = Duration::from_secs(60);
 
+/// How long a host that waits for another address takes to look again whether it may have it, and then some.
+const WAITING: Duration = Duration::from_secs(180);
+
 /// Writes without an answer that are remembered; a host seldom has two.
 const UNANSWERED: usize = 8;
 
@@ -68,6 +71,28 @@ impl Grant {
         if let Some((id, _)) = self.granted.filter(|_| !self.used && !away) {
             registry.revoke_if_bare(id, attrs).await;
         }
+    }
+}
+
+/// When to ask one who has left our address, and still seems to have it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Never,
+    LongAgo,
+}
+
+/// What a host says at its subnet.
+#[derive(Clone, Copy)]
+pub(crate) struct Said<'a> {
+    /// To its peers.
+    pub(crate) attrs: &'a LeaseAttrs,
+    /// To whoever wants its address: the one at which it is by now.
+    pub(crate) place: &'a LeaseAttrs,
+}
+
+impl<'a> Said<'a> {
+    pub(crate) fn of(attrs: &'a LeaseAttrs) -> Self {
+        Self { attrs, place: attrs }
     }
 }
 
@@ -110,10 +135,10 @@ impl<K: Kv> Registry<K> {
             let held = match choice {
                 _ if held.is_some() => held,
                 Choice::Reuse(lease) => self.adopt(grant, lease.subnet, attrs).await?,
-                Choice::Ask(subnet) => self.create_lease(grant, subnet, attrs).await?,
+                Choice::Ask(subnet) => self.create_lease(grant, subnet, Said::of(attrs)).await?,
                 Choice::PickFrom(free) => {
                     let subnet = free.pick((fastrand::u64(..), fastrand::u64(..)));
-                    self.create_lease(grant, subnet, attrs).await?
+                    self.create_lease(grant, subnet, Said::of(attrs)).await?
                 }
                 Choice::Exhausted { leased } => return Err(self.exhausted(config, leased)),
             };
@@ -130,13 +155,12 @@ impl<K: Kv> Registry<K> {
     }
 
     pub(crate) async fn renew(&self, held: &HeldLease) -> Result<Expiry, StoreError> {
-        if held.handle == 0 {
-            return Ok(Expiry::Never);
-        }
+        self.fence_again();
         let Lease { subnet, attrs, .. } = &held.lease;
         let lost = |holder| StoreError::Lost { subnet: *subnet, holder };
         let asked = Instant::now();
-        let alive = self.keep_alive(held.handle).await?;
+        // A reservation has no term, and is looked at all the same.
+        let alive = held.handle != 0 && self.keep_alive(held.handle).await?;
         let standing = self.read_standing(subnet).await?;
         let found = standing.key.as_ref().ok_or_else(|| lost(None))?;
         let recorded = self.recorded(&standing);
@@ -155,9 +179,11 @@ impl<K: Kv> Registry<K> {
             // Ours, but on another etcd lease: publishing adopts it.
             return Err(lost(None));
         }
-        debug!(%subnet, "the lease has become a reservation");
         self.keep_record(subnet, attrs, &standing).await;
-        self.revoke_if_bare(held.handle, attrs).await;
+        if held.handle != 0 {
+            debug!(%subnet, "the lease has become a reservation");
+            self.revoke_if_bare(held.handle, attrs).await;
+        }
         Ok(Expiry::Never)
     }
 
@@ -179,44 +205,71 @@ impl<K: Kv> Registry<K> {
         attrs: &LeaseAttrs,
     ) -> Result<HeldLease, StoreError> {
         let Lease { subnet, attrs: former, .. } = &held.lease;
+        let way = match same_host(former, attrs) {
+            true => Ok(()),
+            false => self.make_way(&self.list().await?.snapshot, *subnet, attrs).await,
+        };
+        let twin = match way {
+            Ok(()) => None,
+            Err(twin @ StoreError::Twin { .. }) => Some(twin),
+            Err(error) => return Err(error),
+        };
+        // However long the two stay at one address, the subnet is ours. And our record tells where we
+        // are, so that nobody waits for an address which we have left and only seem to have.
+        let said = if twin.is_some() { former } else { attrs };
+        let published = self.publish_as(grant, held, Said { attrs: said, place: attrs }).await?;
+        twin.map_or(Ok(published), Err)
+    }
+
+    async fn publish_as(
+        &self,
+        grant: &mut Grant,
+        held: &HeldLease,
+        said: Said<'_>,
+    ) -> Result<HeldLease, StoreError> {
+        let Lease { subnet, attrs: former, .. } = &held.lease;
         let key = self.layout.lease(subnet);
         let lost = |holder| StoreError::Lost { subnet: *subnet, holder };
-        if !same_host(former, attrs) {
-            let listing = self.list().await?;
-            if let Err(twin) = self.make_way(&listing.snapshot, *subnet, attrs).await {
-                // However long the two stay at one address, the subnet is ours.
-                self.keep_alive(held.handle).await?;
-                return Err(twin);
-            }
-        }
         let race = Race::begin();
+        let mut patient = true;
         loop {
             let standing = self.read_standing(subnet).await?;
             let published = match &standing.key {
                 Some(found) => {
                     let recorded = self.recorded(&standing);
                     if let Recorded::Them(them) = recorded {
+                        if std::mem::take(&mut patient) {
+                            self.given_back(subnet, &standing).await;
+                            continue;
+                        }
                         return Err(lost(Some(them.words())));
                     }
                     let theirs = readable(&key, found)?;
                     let is_ours = same_host(&theirs, former)
-                        || same_host(&theirs, attrs)
+                        || same_host(&theirs, said.place)
                         || self.may_have_written(*subnet, &theirs);
                     if matches!(recorded, Recorded::Nobody) && !is_ours {
                         return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
                     }
-                    self.will_write(*subnet, attrs);
-                    let published = self.adopt_found(grant, *subnet, attrs, &standing, None).await?;
-                    self.have_written();
+                    self.will_write(*subnet, said.attrs);
+                    let published = self.adopt_found(grant, *subnet, said, &standing, None).await?;
+                    if published.is_some() {
+                        self.have_written();
+                    }
                     published
                 }
                 None => {
-                    let asked = Instant::now();
-                    // The etcd lease outlives a key that was deleted by hand.
-                    if grant.granted.is_none() && held.handle != 0 && self.keep_alive(held.handle).await? {
-                        grant.granted = Some((held.handle, asked));
+                    if grant.granted.is_none() {
+                        let asked = Instant::now();
+                        // The etcd lease outlives a key that was deleted by hand.
+                        if held.handle != 0 && self.keep_alive(held.handle).await? {
+                            grant.granted = Some((held.handle, asked));
+                        } else {
+                            // For a while nobody could know of us, and our address may be another host's.
+                            self.make_way(&self.list().await?.snapshot, *subnet, said.attrs).await?;
+                        }
                     }
-                    self.create_lease(grant, *subnet, attrs).await?
+                    self.create_lease(grant, *subnet, said).await?
                 }
             };
             if let Some(published) = published {
@@ -231,14 +284,16 @@ impl<K: Kv> Registry<K> {
         &self,
         grant: &mut Grant,
         subnet: Subnet,
-        attrs: &LeaseAttrs,
+        said: Said<'_>,
     ) -> Result<Option<HeldLease>, StoreError> {
-        let (id, since) = grant.get(self, attrs).await?;
-        self.will_write(subnet, attrs);
-        let created = self.write(&subnet, attrs, id, &Standing::default(), None).await? == Written::Done;
+        let (id, since) = grant.get(self, said.attrs).await?;
+        self.will_write(subnet, said.attrs);
+        if self.write(&subnet, said, id, &Standing::default(), None).await? != Written::Done {
+            return Ok(None);
+        }
         self.have_written();
-        grant.used |= created;
-        Ok(created.then(|| leased(subnet, attrs, id, since)))
+        grant.used = true;
+        Ok(Some(leased(subnet, said.attrs, id, since)))
     }
 
     /// The subnet that may be ours yet, later than we would wait: so it is the one to ask for again.
@@ -260,7 +315,7 @@ impl<K: Kv> Registry<K> {
         }
     }
 
-    /// There was an answer: of two writes over one thing only one is carried out.
+    /// One was carried out: of two writes over one thing only one is.
     fn have_written(&self) {
         self.unanswered().clear();
     }
@@ -278,7 +333,10 @@ impl<K: Kv> Registry<K> {
             Recorded::Us => true,
             Recorded::Them(_) => false,
         };
-        if still_ours && found.lease != 0 && self.delete(&lease.subnet, &standing, None).await? {
+        if still_ours
+            && found.lease != 0
+            && self.delete(&lease.subnet, &standing, None).await? == Written::Done
+        {
             info!(subnet = %lease.subnet, "gave back a lease of ours that the network config no longer allows");
             self.revoke_if_bare(found.lease, &lease.attrs).await;
         }
@@ -291,7 +349,7 @@ impl<K: Kv> Registry<K> {
         if stray == held.lease.subnet {
             return Ok(());
         }
-        if let Some(them) = self.clear(stray, &held.lease.attrs).await? {
+        if let Some(them) = self.clear(stray, &held.lease.attrs, Left::LongAgo).await? {
             let holder = them.words();
             warn!(
                 %stray, holder, subnet = %held.lease.subnet,
@@ -308,7 +366,7 @@ impl<K: Kv> Registry<K> {
     async fn make_way(&self, snapshot: &Snapshot, own: Subnet, attrs: &LeaseAttrs) -> Result<(), StoreError> {
         let has_our_address = |lease: &&Lease| lease.subnet != own && same_host(&lease.attrs, attrs);
         for lease in snapshot.leases.iter().filter(has_our_address) {
-            if let Some(them) = self.clear(lease.subnet, attrs).await? {
+            if let Some(them) = self.clear(lease.subnet, attrs, Left::Never).await? {
                 return Err(self.twin(lease.subnet, &them, attrs));
             }
         }
@@ -316,27 +374,84 @@ impl<K: Kv> Registry<K> {
     }
 
     /// Deletes a lease if its record says that it is ours, or that of another host with our
-    /// address which does not answer; whoever has our address and does.
-    async fn clear(&self, stray: Subnet, attrs: &LeaseAttrs) -> Result<Option<Record>, StoreError> {
-        let standing = self.read_standing(&stray).await?;
-        let Some(found) = &standing.key else { return Ok(None) };
-        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
-        let (question, them) = match self.recorded(&standing) {
-            Recorded::Us => (None, None),
-            Recorded::Them(them) if has_our_address || self.is_our_id(&them) => {
-                match self.ask(stray, &standing, &them, attrs).await? {
-                    None => return Ok(None),
-                    question => (question, Some(them)),
+    /// address which does not answer; whoever has our address and does. One who has left our
+    /// address and cannot say so yet, since he waits for another, is asked only if he has been
+    /// waiting for as long as that.
+    async fn clear(
+        &self,
+        stray: Subnet,
+        attrs: &LeaseAttrs,
+        ask: Left,
+    ) -> Result<Option<Record>, StoreError> {
+        let race = Race::begin();
+        loop {
+            let standing = self.read_standing(&stray).await?;
+            let Some(found) = &standing.key else { return Ok(None) };
+            let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+            let them = match self.recorded(&standing) {
+                Recorded::Us => None,
+                Recorded::Them(them) if has_our_address || self.is_our_id(&them) => Some(them),
+                Recorded::Nobody | Recorded::Them(_) => return Ok(None),
+            };
+            // That is somebody's word, and his to take back.
+            let is_reserved = found.lease == 0;
+            let has_left = them.as_ref().is_some_and(|them| has_our_address && them.is_elsewhere(attrs));
+            let question = match &them {
+                None if is_reserved => return Ok(None),
+                None => None,
+                Some(them) => {
+                    if has_left
+                        && !self.is_our_id(them)
+                        && !(ask == Left::LongAgo && self.left_long_ago(stray))
+                    {
+                        return Ok(None);
+                    }
+                    self.ask(stray, &standing, them, attrs).await?
                 }
+            };
+            let cleared = match (question, &them) {
+                (None, Some(_)) => Written::Not,
+                _ => self.delete(&stray, &standing, question).await?,
+            };
+            match (cleared, them) {
+                (Written::Done, None) => {
+                    info!(%stray, "gave back a lease that was taken for ours");
+                    self.revoke_if_bare(found.lease, attrs).await;
+                    return Ok(None);
+                }
+                (Written::Done, Some(them)) => {
+                    let holder = them.words();
+                    match is_reserved {
+                        true => warn!(
+                            %stray, holder,
+                            "a reservation names our public address, and its holder does not answer: delete it if \
+                             nobody is to have it"
+                        ),
+                        false => warn!(
+                            %stray, holder, "deleted the lease of a host that has our address, or our id, and does \
+                             not answer"
+                        ),
+                    }
+                    return Ok(None);
+                }
+                (Written::Answered, them) => return Ok(them.filter(|_| has_our_address && !has_left)),
+                (Written::Not, _) => race.lost("clearing a lease").await?,
             }
-            Recorded::Nobody | Recorded::Them(_) => return Ok(None),
-        };
-        if !self.delete(&stray, &standing, question).await? {
-            return Ok(them.filter(|_| has_our_address));
         }
-        info!(%stray, "gave back a lease that was taken for ours");
-        self.revoke_if_bare(found.lease, attrs).await;
-        Ok(None)
+    }
+
+    /// Whether it is known for a while that the holder of a lease has left its address: whoever
+    /// lives has another one by then, as far as it depends on us.
+    fn left_long_ago(&self, subnet: Subnet) -> bool {
+        let now = Instant::now();
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        match *left {
+            Some((known, since)) if known == subnet => now - since > WAITING,
+            _ => {
+                *left = Some((subnet, now));
+                false
+            }
+        }
     }
 
     /// Publishes on a subnet that is ours; `None` if it no longer is.
@@ -354,11 +469,14 @@ impl<K: Kv> Registry<K> {
         let has_our_vtep = theirs.is_ok_and(|theirs| same_vtep(&theirs, attrs));
         match self.recorded(&standing) {
             Recorded::Nobody if !has_our_address && !has_our_vtep => Ok(None),
-            Recorded::Nobody | Recorded::Us => self.adopt_found(grant, subnet, attrs, &standing, None).await,
+            Recorded::Nobody | Recorded::Us => {
+                self.adopt_found(grant, subnet, Said::of(attrs), &standing, None).await
+            }
             Recorded::Them(them) if has_our_address || self.is_our_id(&them) => {
                 match self.ask(subnet, &standing, &them, attrs).await? {
                     Some(question) => {
-                        self.adopt_found(grant, subnet, attrs, &standing, Some((question, &them))).await
+                        let asked = Some((question, &them));
+                        self.adopt_found(grant, subnet, Said::of(attrs), &standing, asked).await
                     }
                     None => Ok(None),
                 }
@@ -378,21 +496,52 @@ impl<K: Kv> Registry<K> {
         attrs: &LeaseAttrs,
         by_address: Option<Subnet>,
     ) -> Result<Option<HeldLease>, StoreError> {
-        if by_address.is_some() {
-            let is_ours = match self.recorded(&self.read_standing(&former).await?) {
-                Recorded::Us => true,
-                Recorded::Them(them) => self.is_our_id(&them),
-                Recorded::Nobody => false,
-            };
-            if !is_ours {
-                return Ok(None);
-            }
-            self.make_way(snapshot, former, attrs).await?;
-        }
-        match self.adopt(grant, former, attrs).await {
+        let adopted = match by_address {
+            None => self.adopt(grant, former, attrs).await,
+            Some(_) => self.adopt_recorded(grant, snapshot, former, attrs).await,
+        };
+        match adopted {
             // A copy of our disk that lives, at an address of its own: it keeps its subnet and we take another.
-            Err(StoreError::Twin { .. }) => Ok(None),
+            Err(StoreError::Twin { subnet, .. }) if subnet == former => Ok(None),
             adopted => adopted,
+        }
+    }
+
+    async fn adopt_recorded(
+        &self,
+        grant: &mut Grant,
+        snapshot: &Snapshot,
+        former: Subnet,
+        attrs: &LeaseAttrs,
+    ) -> Result<Option<HeldLease>, StoreError> {
+        let standing = self.read_standing(&former).await?;
+        let them = match self.recorded(&standing) {
+            Recorded::Us => None,
+            Recorded::Them(them) if self.is_our_id(&them) => Some(them),
+            Recorded::Nobody | Recorded::Them(_) => return Ok(None),
+        };
+        let asked = match &them {
+            None => None,
+            Some(them) => match self.ask(former, &standing, them, attrs).await? {
+                // What we have by our address is given up only for something that is to be had.
+                Some(question) if self.is_unanswered(former, &standing, question).await? => {
+                    Some((question, them))
+                }
+                _ => return Ok(None),
+            },
+        };
+        match self.make_way(snapshot, former, attrs).await {
+            Ok(()) => self.adopt_found(grant, former, Said::of(attrs), &standing, asked).await,
+            Err(twin @ StoreError::Twin { .. }) => {
+                // It stays ours as it is, and its record tells where we are.
+                let standing_attrs = standing.key.as_ref().and_then(|found| attributes(&found.value).ok());
+                if let Some(stands) = standing_attrs {
+                    let said = Said { attrs: &stands, place: attrs };
+                    self.adopt_found(grant, former, said, &standing, asked).await?;
+                }
+                Err(twin)
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -401,35 +550,35 @@ impl<K: Kv> Registry<K> {
         &self,
         grant: &mut Grant,
         subnet: Subnet,
-        attrs: &LeaseAttrs,
+        said: Said<'_>,
         standing: &Standing,
         asked: Option<(i64, &Record)>,
     ) -> Result<Option<HeldLease>, StoreError> {
         let Some(found) = &standing.key else { return Ok(None) };
         let written = async |id| {
             let question = asked.map(|(question, _)| question);
-            match (self.write(&subnet, attrs, id, standing, question).await?, asked) {
-                (Written::Answered, Some((_, them))) => Err(self.twin(subnet, them, attrs)),
+            match (self.write(&subnet, said, id, standing, question).await?, asked) {
+                (Written::Answered, Some((_, them))) => Err(self.twin(subnet, them, said.place)),
                 (written, _) => Ok(written == Written::Done),
             }
         };
         if found.lease == 0 {
-            return Ok(written(0).await?.then(|| reserved(subnet, attrs)));
+            return Ok(written(0).await?.then(|| reserved(subnet, said.attrs)));
         }
 
         // A lease of another term is not flannel's: nobody would renew it in time.
         let asked = Instant::now();
         if self.granted_term(found.lease).await? == Some(TERM) && self.keep_alive(found.lease).await? {
-            return Ok(written(found.lease).await?.then(|| leased(subnet, attrs, found.lease, asked)));
+            return Ok(written(found.lease).await?.then(|| leased(subnet, said.attrs, found.lease, asked)));
         }
 
-        let (id, since) = grant.get(self, attrs).await?;
+        let (id, since) = grant.get(self, said.attrs).await?;
         if !written(id).await? {
             return Ok(None);
         }
         grant.used = true;
-        self.revoke_if_bare(found.lease, attrs).await;
-        Ok(Some(leased(subnet, attrs, id, since)))
+        self.revoke_if_bare(found.lease, said.attrs).await;
+        Ok(Some(leased(subnet, said.attrs, id, since)))
     }
 
     fn exhausted(&self, config: &NetworkConfig, leased: usize) -> StoreError {

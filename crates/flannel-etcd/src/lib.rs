@@ -38,6 +38,7 @@ use std::sync::{Arc, Mutex};
 use flannel_core::lease::{Expiry, HeldLease, HostIdentity, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{LeaseStore, Snapshot, StoreError};
+use tokio::sync::Notify;
 
 pub use crate::cluster::Cluster;
 pub use crate::connect::{Password, Settings, SettingsError, check_endpoint};
@@ -86,9 +87,12 @@ impl<K: Kv> EtcdStore<K> {
                 page,
                 host,
                 unfenced: AtomicBool::new(false),
+                said_unfenced: AtomicBool::new(false),
+                fence_again: Notify::new(),
                 first: First::default(),
                 unanswered: Mutex::default(),
                 asked: Mutex::default(),
+                left: Mutex::default(),
             }),
         }
     }

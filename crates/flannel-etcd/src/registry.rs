@@ -11,10 +11,13 @@ use std::sync::{Mutex, PoisonError};
 use flannel_core::lease::{HostIdentity, Lease, LeaseAttrs, Subnet};
 use flannel_core::network::NetworkConfig;
 use flannel_core::store::{Snapshot, StoreError};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::codec::Layout;
 use crate::hosts::Record;
 use crate::kv::{Answer, Compare, Entry, Failure, Kv, Moment, Op, Range, Refusal, Term, Txn};
+use crate::lease::Said;
 use crate::trace::Trace;
 
 /// The term of a lease in seconds, flannel's 24 hours.
@@ -38,8 +41,12 @@ pub(crate) struct Registry<K> {
     pub(crate) page: i64,
     /// Who we are, if other hosts with our address are to be told from us.
     pub(crate) host: Option<HostIdentity>,
-    /// Whether that cannot be done for want of a permission.
+    /// Whether that cannot be done for want of a permission, as far as we know since the last renewal.
     pub(crate) unfenced: AtomicBool,
+    /// Whether that has been said.
+    pub(crate) said_unfenced: AtomicBool,
+    /// It may be that it can be done again.
+    pub(crate) fence_again: Notify,
     /// What the first watch begins with.
     pub(crate) first: First,
     /// What we have sent to be written and had no answer to, the last one last: any of it may
@@ -47,6 +54,8 @@ pub(crate) struct Registry<K> {
     pub(crate) unanswered: Mutex<Vec<(Subnet, LeaseAttrs)>>,
     /// The holder that was asked last whether it lives, in the words of the log.
     pub(crate) asked: Mutex<Option<String>>,
+    /// A lease whose holder has left our address without being able to say so, and since when we know.
+    pub(crate) left: Mutex<Option<(Subnet, Instant)>>,
 }
 
 /// The listing that a lease was taken by, for the first watch to go on from:
@@ -101,6 +110,12 @@ impl Standing {
         let mut found = answer.found.into_iter();
         let mut next = || found.next().flatten();
         Self { key: next(), record: next(), asks: next(), moment: answer.moment }
+    }
+
+    /// What has become of a write over `then` that was not carried out.
+    fn after(&self, question: Option<i64>, then: &Self) -> Written {
+        let answered = question.is_some() && self.asks.is_none() && self.is_held_as(then);
+        if answered { Written::Answered } else { Written::Not }
     }
 
     /// Whether lease and record have not been written since `then`.
@@ -196,19 +211,31 @@ impl<K: Kv> Registry<K> {
         self.fenced_txn(|host| Txn { read: read(host), ..Txn::default() }).await.map(Standing::of)
     }
 
-    /// Publishes `attrs` on a subnet, with our record beside it, all of it hanging on `handle`, and
+    /// Whether a question that we asked is not answered yet, and nothing else has happened.
+    pub(crate) async fn is_unanswered(
+        &self,
+        subnet: Subnet,
+        then: &Standing,
+        question: i64,
+    ) -> Result<bool, StoreError> {
+        let now = self.read_standing(&subnet).await?;
+        let stands = now.asks.as_ref().is_some_and(|asks| asks.modified == question);
+        Ok(stands && now.is_held_as(then))
+    }
+
+    /// Publishes what we say on a subnet, with our record beside it, all of it hanging on `handle`, and
     /// over nothing but what stood there. Nothing is written that is right already.
     pub(crate) async fn write(
         &self,
         subnet: &Subnet,
-        attrs: &LeaseAttrs,
+        said: Said<'_>,
         handle: i64,
         over: &Standing,
         question: Option<i64>,
     ) -> Result<Written, StoreError> {
         let (key, record) = (self.layout.lease(subnet), self.layout.record(subnet));
-        let value = attrs.to_json();
-        let our_record = |host: &HostIdentity| Record::of(host, attrs).to_json();
+        let value = said.attrs.to_json();
+        let our_record = |host: &HostIdentity| Record::of(host, said.place).to_json();
         let is = |entry: &Option<Entry>, value: &str| {
             entry.as_ref().is_some_and(|entry| entry.value == value.as_bytes() && entry.lease == handle)
         };
@@ -218,7 +245,7 @@ impl<K: Kv> Registry<K> {
         if question.is_none() && stands(over, self.fenced()) {
             return Ok(Written::Done);
         }
-        let answer = self.fenced_txn(|host| {
+        let answer = self.txn_after(question, |host| {
             let mut txn = Txn { read: self.layout.keys_of(subnet, host.is_some()), ..Txn::default() };
             txn.when.push(unchanged(&key, &over.key));
             if !is(&over.key, &value) {
@@ -249,26 +276,30 @@ impl<K: Kv> Registry<K> {
         if succeeded || stands(&now, self.fenced()) {
             return Ok(Written::Done);
         }
-        let answered = question.is_some() && now.asks.is_none() && now.is_held_as(over);
-        Ok(if answered { Written::Answered } else { Written::Not })
+        Ok(now.after(question, over))
     }
 
-    /// Deletes a lease of ours and its record, if they are still as they were found and a question
-    /// that we asked is not answered; whether they are gone.
+    /// Deletes a lease and its record, if they are still as they were found and a question that we
+    /// asked is not answered. Of a reservation only the question goes.
     pub(crate) async fn delete(
         &self,
         subnet: &Subnet,
         found: &Standing,
         question: Option<i64>,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Written, StoreError> {
         let (key, record) = (self.layout.lease(subnet), self.layout.record(subnet));
-        let answer = self.fenced_txn(|host| {
-            let mut txn = Txn::default();
+        let is_leased = found.key.as_ref().is_some_and(|found| found.lease != 0);
+        let answer = self.txn_after(question, |host| {
+            let mut txn = Txn { read: self.layout.keys_of(subnet, host.is_some()), ..Txn::default() };
             txn.when.push(unchanged(&key, &found.key));
-            txn.then.push(Op::Delete(key.clone().into()));
+            if is_leased {
+                txn.then.push(Op::Delete(key.clone().into()));
+            }
             if host.is_some() && found.record.is_some() {
                 txn.when.push(unchanged(&record, &found.record));
-                txn.then.push(Op::Delete(record.clone().into()));
+                if is_leased {
+                    txn.then.push(Op::Delete(record.clone().into()));
+                }
             }
             if let (Some(_), Some(revision)) = (host, question) {
                 let asks = self.layout.asks(subnet);
@@ -277,7 +308,26 @@ impl<K: Kv> Registry<K> {
             }
             txn
         });
-        Ok(answer.await.map_err(|failure| failure.of(format!("deleting {key}")))?.succeeded)
+        let answer = answer.await.map_err(|failure| failure.of(format!("deleting {key}")))?;
+        let (succeeded, now) = (answer.succeeded, Standing::of(answer));
+        // An earlier attempt may have been carried out though its answer was lost.
+        if succeeded || now.key.is_none() {
+            return Ok(Written::Done);
+        }
+        Ok(now.after(question, found))
+    }
+
+    /// Does a transaction that may hang on a question: then not without records, or it would be
+    /// carried out whether there was an answer or not.
+    async fn txn_after(
+        &self,
+        question: Option<i64>,
+        build: impl Fn(Option<&HostIdentity>) -> Txn,
+    ) -> Result<Answer, Failure> {
+        match question {
+            Some(_) => self.kv.txn(build(self.host.as_ref())).await,
+            None => self.fenced_txn(build).await,
+        }
     }
 
     /// An etcd lease of one term for this host. Its id is the same each time, so

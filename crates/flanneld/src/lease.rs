@@ -145,7 +145,7 @@ pub async fn acquire<S: LeaseStore>(
         tokio::select! {
             biased;
             Ok(()) = wanted.changed() => {}
-            () = freed(store, config, &attrs, full.unwrap_or_default()), if full.is_some() => info!("a subnet was freed"),
+            news = freed(store, config, &attrs, full.unwrap_or_default()), if full.is_some() => info!("{news}"),
             () = reconfigured(store, config), if full.is_some() => {
                 info!("the network config was changed");
                 return Err(Reconfigured);
@@ -156,22 +156,26 @@ pub async fn acquire<S: LeaseStore>(
 }
 
 /// Resolves when a subnet has become free since `leased` of them were taken, or
-/// one is ours: a store that is restored may have our lease of before.
-async fn freed<S: LeaseStore>(store: &S, config: &NetworkConfig, attrs: &LeaseAttrs, leased: usize) {
+/// one is ours: a store that is restored may have our lease of before. Says which.
+async fn freed<S: LeaseStore>(
+    store: &S,
+    config: &NetworkConfig,
+    attrs: &LeaseAttrs,
+    leased: usize,
+) -> &'static str {
+    const FREED: &str = "a subnet was freed";
+    const OURS: &str = "a lease of ours is there";
     let is_ours = |lease: &Lease| {
         attrs.public_ip.is_some() && lease.attrs.public_ip == attrs.public_ip && fits(config, lease.subnet)
     };
     let mut watch = store.watch();
     loop {
         match watch.next().await {
-            Ok(LeaseEvent::Removed(_) | LeaseEvent::RemovedTogether(_)) => return,
+            Ok(LeaseEvent::Removed(_) | LeaseEvent::RemovedTogether(_)) => return FREED,
+            Ok(LeaseEvent::Snapshot(snapshot)) if snapshot.leases.iter().any(is_ours) => return OURS,
             // One may have gone between the attempt and this watch.
-            Ok(LeaseEvent::Snapshot(snapshot))
-                if snapshot.leases.len() < leased || snapshot.leases.iter().any(is_ours) =>
-            {
-                return;
-            }
-            Ok(LeaseEvent::Put(lease)) if is_ours(&lease) => return,
+            Ok(LeaseEvent::Snapshot(snapshot)) if snapshot.leases.len() < leased => return FREED,
+            Ok(LeaseEvent::Put(lease)) if is_ours(&lease) => return OURS,
             Ok(_) => {}
             Err(error) => warn!(error = %chain(&error), "the store is away while we wait for a subnet"),
         }

@@ -41,6 +41,8 @@ enum Act {
     Move(usize),
     /// A host is given the address of another.
     Twin(usize, usize),
+    /// Two hosts exchange addresses.
+    Swap(usize, usize),
     /// What happens to a line.
     Cut(usize, bool),
     Weather(usize, u8),
@@ -187,7 +189,7 @@ impl Cluster {
         const DAY_AND_MORE: u64 = 30 * 60 * MINUTE;
         let (place, other) = (self.dice.usize(..self.hosts.len()), self.dice.usize(..self.hosts.len()));
         let dice = &mut self.dice;
-        let (act, ends) = match dice.u8(..51) {
+        let (act, ends) = match dice.u8(..53) {
             0..3 => (Act::Kill(place), Some((Act::Start(place), MINUTE))),
             3 => (Act::Kill(place), Some((Act::Start(place), DAY_AND_MORE))),
             4..6 => (Act::Reboot(place), Some((Act::Start(place), MINUTE))),
@@ -223,6 +225,7 @@ impl Cluster {
             45 => (Act::ForeignLeaves, None),
             46..48 => (Act::Meddle(dice.usize(..)), None),
             50 => (Act::NoConfig(true), Some((Act::NoConfig(false), MINUTE))),
+            51..53 => (Act::Swap(place, other), None),
             48 => (Act::Refuse(place, true), Some((Act::Refuse(place, false), MINUTE))),
             _ => (Act::Illegible(place), None),
         };
@@ -254,6 +257,15 @@ impl Cluster {
                 if self.fenced {
                     self.past.twins.push((self.etcd.now(), address));
                     self.host(place).move_to(address);
+                }
+            }
+            Act::Swap(place, other) => {
+                let addresses = [self.host(place).address(), self.host(other).address()];
+                if self.fenced && addresses[0] != addresses[1] {
+                    let now = self.etcd.now();
+                    self.past.twins.extend(addresses.map(|address| (now, address)));
+                    self.host(place).move_to(addresses[1]);
+                    self.host(other).move_to(addresses[0]);
                 }
             }
             Act::Cut(place, cut) => self.host(place).client.cut(cut),
