@@ -514,6 +514,32 @@ fn a_full_range_is_waited_for_and_the_first_subnet_freed_is_taken() {
 }
 
 #[test]
+fn a_host_that_waits_for_a_subnet_follows_its_address_meanwhile() {
+    let lab = Lab::new(2);
+    lab.put_config(PREFIX, r#"{"Network":"10.5.0.0/22","SubnetMin":"10.5.2.0","SubnetMax":"10.5.2.0","Backend":{"Type":"vxlan"}}"#);
+    let (first, host) = (lab.host(1).agent(&[]), lab.host(2));
+    assert_eq!(lab.host(1).subnet(), "10.5.2");
+    let second = host.agent(&[]);
+    second.until_logged("no free /24 left in 10.5.0.0/22");
+    // By now it has had its look.
+    std::thread::sleep(Duration::from_secs(3));
+
+    for (from, to) in [(2, 102), (102, 103)] {
+        host.run(&["ip", "addr", "add", &format!("192.168.77.{to}/24"), "dev", "eth0"]);
+        host.run(&["ip", "addr", "del", &format!("192.168.77.{from}/24"), "dev", "eth0"]);
+        host.run(&["ip", "addr", "replace", &format!("192.168.77.{to}/24"), "dev", "eth0"]);
+        host.run(&["ip", "route", "replace", "default", "via", "192.168.77.254"]);
+        second.until_logged(&format!("address=192.168.77.{to}"));
+    }
+    drop(first);
+    lab.etcdctl(&["del", "/coreos.com/network/subnets/10.5.2.0-24"]);
+
+    assert_eq!(host.subnet(), "10.5.2");
+    assert!(lab.leases(PREFIX).iter().any(|(_, value)| value.contains("192.168.77.103")));
+    assert_eq!(second.log().matches("this host is at another address now").count(), 2, "{}", second.log());
+}
+
+#[test]
 fn our_deleted_key_comes_back_under_the_same_subnet_without_a_lost_packet() {
     let pair = Pair::new(VXLAN, &[]);
     let key = format!("{PREFIX}/subnets/{}.0-24", pair.subnets[0]);

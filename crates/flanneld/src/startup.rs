@@ -31,7 +31,7 @@ use flannel_linux::{Family, LinuxFirewall, LinuxNetwork};
 use ipnetwork::IpNetwork;
 use thiserror::Error;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use crate::agent::{Agent, Ended, Options, Parts};
@@ -45,6 +45,12 @@ use crate::{notify, shutdown};
 
 /// How long the store has for its first answer before we go by what we remember, if we can.
 const FIRST_ANSWER: Duration = Duration::from_secs(1);
+
+/// How long a lease may take until we look whether this host still stands where it did.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
+/// How often we look then, whatever the kernel tells.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Why the agent could not start. It helps to change the flags or the host.
 #[derive(Debug, Error)]
@@ -240,25 +246,35 @@ async fn take_place<S: LeaseStore, N: Network>(
     let mac = random_mac();
     let wanted = watch::Sender::new(backend.attributes(&ground.underlay, &ground.state, mac));
     let mut acquiring = Box::pin(acquire(store, &config, wanted.subscribe(), former.subnet, status));
+    let mut pause = FIRST_LOOK;
     let held = loop {
         tokio::select! {
             biased;
             // If the host has moved since, the agent sees it as at any other time.
             held = &mut acquiring => break held,
-            _ = network.changed() => {}
+            _ = timeout(pause, network.changed()) => {}
         }
-        // What is waited for may be just that: another address for this host.
-        if let Some(moved) = look_again(network, settings, &ground, &*backend).await {
+        // What is waited for may be just that: another address for this host. The kernel tells only of
+        // the interface that was the one between the hosts when it was last looked at.
+        pause = LOOK_AGAIN;
+        let Some(now) = look_again(network, settings, &ground, &*backend).await else { continue };
+        let (was, link) = (std::mem::replace(&mut ground.underlay, now), ground.underlay.link);
+        let has_moved = (was.link, was.address) != (link, ground.underlay.address);
+        if has_moved {
+            info!(%link, address = %ground.underlay.address, "this host is at another address now");
             store.host_moved();
-            wanted.send_replace(backend.attributes(&moved, &ground.state, mac));
-            ground.underlay = moved;
         }
+        if was.link != link {
+            (ground.claim.underlay, pause) = (Some(link), FIRST_LOOK);
+        }
+        let attrs = backend.attributes(&ground.underlay, &ground.state, mac);
+        wanted.send_if_modified(|wanted| std::mem::replace(wanted, attrs) != *wanted);
     };
     drop(acquiring);
     Ok(held.ok().map(|held| ground.place(config, backend, held)))
 }
 
-/// Where this host stands now, if that is elsewhere. No interface at all is no
+/// What this host stands on now, if that is not what it was. No interface at all is no
 /// reason to end here: it may be back before there is a lease.
 async fn look_again<N: Network>(
     network: &mut N,
@@ -271,7 +287,6 @@ async fn look_again<N: Network>(
     if chosen == ground.underlay || backend.check(&chosen).is_err() {
         return None;
     }
-    info!(link = %chosen.link, address = %chosen.address, "this host is at another address now");
     Some(chosen)
 }
 
@@ -371,6 +386,7 @@ async fn survey<N: Network>(
     let Observed { facts, state } = network.observe(&claim, settings.selection.can_reach).await?;
     warn_of_another_agent(&claim, &facts);
     let underlay = choose_underlay(&facts, settings)?;
+    let claim = Claim { underlay: Some(underlay.link), ..claim };
     backend.check(&underlay).map_err(StartError::Backend)?;
     if backend.mtu_cut(&underlay) {
         warn!(mtu = underlay.mtu, link = %underlay.link, "Backend.MTU is above that of the interface and is cut to it");
