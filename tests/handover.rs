@@ -226,7 +226,9 @@ fn nothing_leaves_with_its_own_address_while_the_rules_change() {
         for other in ENGINES {
             bare(hosts, "");
             fresh(&Hosts { engine: other, ..*hosts });
-            let seen = during(&|| drop(hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED)));
+            let seen = during(&|| {
+                hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED);
+            });
             only_the_host_s(seen, &format!("from {other:?} to {engine:?}"));
         }
         for random_fully in [false, true] {
@@ -239,7 +241,9 @@ fn nothing_leaves_with_its_own_address_while_the_rules_change() {
         for file in FLANNELD {
             bare(hosts, file);
             hosts.load(file, &[]);
-            let seen = during(&|| drop(hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED)));
+            let seen = during(&|| {
+                hosts.ensure(&mut [engine.ours(), engine.ours()], WANTED);
+            });
             only_the_host_s(seen, &format!("from {file} to {engine:?}"));
         }
         // It would be seen.
