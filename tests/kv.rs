@@ -85,7 +85,7 @@ async fn watched(kv: &impl Kv, range: &Range) -> Result<Vec<Happened>, Failure> 
             Err(Ended::Compacted) => {
                 return Err(Failure::Refused(Refusal { code: Refusal::OUT_OF_RANGE, words: String::new() }));
             }
-            Err(Ended::Silent(words) | Ended::Broken(words)) => panic!("{range:?} ended: {words}"),
+            Err(Ended::Broken(words)) => panic!("{range:?} ended: {words}"),
         };
         for event in portion.events {
             match event {

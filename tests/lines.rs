@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use flannel_core::chain::chain;
 use flannel_core::lease::{HostIdentity, Tenure};
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use flannel_etcd::EtcdStore;
@@ -382,29 +381,6 @@ async fn a_subnet_that_another_host_gives_back_in_a_moment_is_not_lost() {
 
     assert!(!holding.is_finished());
     assert_eq!(keys(&etcd), [record_key(8), key(8)]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_watch_that_was_quiet_for_long_is_not_called_silent_when_it_ends() {
-    for seed in 0..40 {
-        let etcd = SimEtcd::start();
-        let client = etcd.client(seed);
-        let mut watch = store(&client).watch();
-        watch.next().await.unwrap();
-        let next = tokio::spawn(async move { watch.next().await });
-        sleep(Duration::from_secs(1000)).await;
-
-        etcd.down(true);
-        sleep(Duration::from_millis(1200)).await;
-        etcd.down(false);
-        sleep(Duration::from_secs(1)).await;
-        etcd.put(&key(7), host(2).to_json().as_bytes());
-
-        if let Err(error) = next.await.unwrap() {
-            let words = chain(&error);
-            assert!(!words.contains("nothing heard"), "seed {seed}: {words}");
-        }
-    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -195,8 +195,6 @@ pub enum Happened {
 pub enum Ended {
     /// The history no longer reaches back to where it was.
     Compacted,
-    /// It has said nothing for so long that it must be dead, as a phrase.
-    Silent(String),
     /// Anything else, as a phrase.
     Broken(String),
 }
@@ -269,7 +267,7 @@ impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Compacted => f.write_str("history compacted"),
-            Self::Silent(words) | Self::Broken(words) => f.write_str(words),
+            Self::Broken(words) => f.write_str(words),
         }
     }
 }

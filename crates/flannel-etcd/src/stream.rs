@@ -22,8 +22,6 @@ const QUIET: Duration = Duration::from_secs(60);
 /// How long the answer to that may take.
 const ANSWER: Duration = Duration::from_secs(10);
 
-const FALLEN_SILENT: &str = "the watch has fallen silent";
-
 /// What etcd says of the answer to a progress request, which is about all
 /// watches of a stream at once.
 const EVERY_WATCH: i64 = -1;
@@ -85,7 +83,7 @@ impl KvStream for ClusterStream {
             Ok(response) => match take(&response) {
                 Ok(portion) => return Ok(portion),
                 Err(Ended::Compacted) => return Err(Ended::Compacted),
-                Err(Ended::Silent(words) | Ended::Broken(words)) => Trouble::away(words),
+                Err(Ended::Broken(words)) => Trouble::away(words),
             },
             Err(Trouble::Refused(refusal)) if refusal.code == Refusal::OUT_OF_RANGE => {
                 return Err(Ended::Compacted);
@@ -93,10 +91,7 @@ impl KvStream for ClusterStream {
             Err(trouble) => trouble,
         };
         self.endpoints.leave(self.place, &trouble);
-        let words = trouble.to_string();
-        // An unanswered ping, an unanswered question, and what TCP gives up on.
-        let is_silence = words.contains("timed out") || words == FALLEN_SILENT;
-        Err(if is_silence { Ended::Silent(words) } else { Ended::Broken(words) })
+        Err(Ended::Broken(trouble.to_string()))
     }
 }
 
@@ -113,7 +108,7 @@ impl ClusterStream {
             Ok(response) => response,
             Err(_) => {
                 self.stream.request_progress().await.map_err(Trouble::of)?;
-                let silent = |_| Trouble::away(FALLEN_SILENT);
+                let silent = |_| Trouble::away("the watch has fallen silent");
                 timeout(ANSWER, self.stream.message()).await.map_err(silent)?
             }
         };

@@ -113,12 +113,10 @@ impl<K: Kv> EtcdWatch<K> {
                     State::Watching(watching)
                 }
                 Err(Ended::Compacted) => self.outdated("history compacted"),
-                Err(ended) => {
-                    debug!(reason = %ended, "the watch has ended");
-                    // It has been dead for as long as that took to notice. One that ends otherwise has been
-                    // ended by somebody, however long it had said nothing.
-                    let silence = if matches!(ended, Ended::Silent(_)) { SILENCE } else { Duration::ZERO };
-                    self.tell = Some(Instant::now() + UNTOLD.saturating_sub(silence));
+                Err(Ended::Broken(reason)) => {
+                    debug!(reason, "the watch has ended");
+                    // It may have been dead for as long as that takes to notice.
+                    self.tell = Some(Instant::now() + UNTOLD.saturating_sub(SILENCE));
                     if watching.opened.elapsed() > STEADY {
                         self.delays = delays();
                     }

@@ -66,7 +66,7 @@ impl SimStream {
             let noticed = *self.noticed.get_or_insert_with(|| now + line.silence());
             return match now < noticed {
                 true => Look::Nothing(Some(noticed)),
-                false => Look::Over(Ended::Silent("the watch has fallen silent".into())),
+                false => Look::Over(Ended::Broken("the watch has fallen silent".into())),
             };
         }
         self.noticed = None;
