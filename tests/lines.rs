@@ -398,20 +398,6 @@ async fn a_former_subnet_with_our_record_goes_before_one_with_our_address() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_former_subnet_without_a_record_is_ours_by_the_address_of_our_device() {
-    let etcd = SimEtcd::start();
-    let client = etcd.client(1);
-    let mut here = host(1);
-    let former = store(&client).acquire(&config(), &here, Some(subnet(8))).await.unwrap();
-    etcd.delete(&record_key(8));
-
-    here.public_ip = host(2).public_ip;
-    let held = store(&client).acquire(&config(), &here, Some(subnet(8))).await.unwrap();
-
-    assert_eq!((held.lease.subnet, held.handle), (subnet(8), former.handle));
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_record_that_somebody_deletes_is_back_at_once() {
     let etcd = SimEtcd::start();
     let client = etcd.client(1);

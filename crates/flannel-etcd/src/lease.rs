@@ -463,12 +463,9 @@ impl<K: Kv> Registry<K> {
     ) -> Result<Option<HeldLease>, StoreError> {
         let standing = self.read_standing(&subnet).await?;
         let Some(found) = &standing.key else { return Ok(None) };
-        let theirs = attributes(&found.value);
-        let has_our_address = theirs.as_ref().is_ok_and(|theirs| same_host(theirs, attrs));
-        // That of the device which this host had under another address.
-        let has_our_vtep = theirs.is_ok_and(|theirs| same_vtep(&theirs, attrs));
+        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
         match self.recorded(&standing) {
-            Recorded::Nobody if !has_our_address && !has_our_vtep => Ok(None),
+            Recorded::Nobody if !has_our_address => Ok(None),
             Recorded::Nobody | Recorded::Us => {
                 self.adopt_found(grant, subnet, Said::of(attrs), &standing, None).await
             }
@@ -624,10 +621,6 @@ pub(crate) fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
         (None, None) => one.public_ipv6.is_some() && one.public_ipv6 == other.public_ipv6,
         (one, other) => one == other,
     }
-}
-
-fn same_vtep(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
-    one.backend_data.is_some() && one.backend_data == other.backend_data
 }
 
 fn expiry(since: Instant) -> Expiry {

@@ -34,11 +34,14 @@ pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) 
             return wrong(format!("not ready: {words}"));
         }
         let ours = |lease: &&Lease| {
-            // Without its record nobody can tell whether a second lease with our address is ours.
+            // Without its record nobody can tell whether a second lease with our address is ours, and a
+            // reservation is for a hand to delete.
             let record = format!("{PREFIX}/hosts/{}", subnet_key(&lease.subnet));
             let record = etcd.keys(&record).into_iter().next();
             let is_known = host.subnet() == Some(lease.subnet)
-                || record.is_some_and(|record| Some(&record.lease) == handles.get(&lease.subnet));
+                || record.is_some_and(|record| {
+                    record.lease != 0 && Some(&record.lease) == handles.get(&lease.subnet)
+                });
             is_known && lease.attrs.public_ip == Some(host.address())
         };
         let own: Vec<&Lease> = leases.iter().filter(ours).collect();
