@@ -666,12 +666,8 @@ fn our_own_writes_wake_nobody_and_one_change_is_one_repair() {
         host.until_as_planned("another MAC").await;
         host.until_quiet().await;
         let (looks, steps, _) = host.counts.take();
-        // The kernel drops the neighbours with the MAC, and a first look may come in the middle of that.
-        let all = 1 + PEERS as usize;
-        assert!(
-            (1..=2).contains(&looks) && (all..=all * looks).contains(&steps),
-            "{looks} looks, {steps} steps"
-        );
+        assert_eq!(steps, 1 + PEERS as usize, "the kernel drops the neighbours with the MAC");
+        assert!(looks <= 2, "{looks}");
 
         for meddling in [
             "ip neigh replace 10.16.7.0 lladdr 0e:01:00:00:00:09 dev flannel.1 nud permanent",

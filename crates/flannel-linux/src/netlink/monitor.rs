@@ -61,17 +61,24 @@ impl Listener {
     }
 
     fn tell(&self, changes: Changes) {
-        let mut heard = self.changes();
-        match &mut *heard {
-            Some(heard) => heard.merge(changes),
-            nothing => *nothing = Some(changes),
-        }
+        add(&mut self.changes(), changes);
         self.0.news.notify_one();
     }
 
     /// Forgets what was heard, because all is read now.
     pub(crate) fn clear(&self) {
         *self.changes() = None;
+    }
+
+    /// Forgets what was heard of a device's neighbours, because all of them went.
+    fn forget_neighbours(&self, name: LinkName) {
+        let mut heard = self.changes();
+        if let Some(Changes::Objects(objects)) = &mut *heard {
+            objects.retain(|key, _| !matches!(key, Key::Neighbour(link, _) if *link == name));
+            if objects.is_empty() {
+                *heard = None;
+            }
+        }
     }
 
     /// What has been heard since the last time. Safe to drop at any moment.
@@ -82,6 +89,13 @@ impl Listener {
             }
             self.0.news.notified().await;
         }
+    }
+}
+
+fn add(heard: &mut Option<Changes>, changes: Changes) {
+    match heard {
+        Some(heard) => heard.merge(changes),
+        nothing => *nothing = Some(changes),
     }
 }
 
@@ -103,6 +117,10 @@ pub(crate) struct Monitor {
     writing: HashMap<(u32, MacAddr), Option<IpAddr>>,
     /// Neighbours that we are deleting: nor who deletes those.
     deleting: HashSet<(u32, IpAddr)>,
+    /// Objects that were heard of just now.
+    untold: Option<Changes>,
+    /// Our devices that have lost neighbours just now.
+    stripped: HashSet<LinkName>,
 }
 
 /// What we have done to a device, and what the kernel tells of it that is no news.
@@ -143,6 +161,8 @@ impl Monitor {
             changing: None,
             writing: HashMap::new(),
             deleting: HashSet::new(),
+            untold: None,
+            stripped: HashSet::new(),
         };
         // The filter first, so that nothing comes in unfiltered.
         monitor.filter()?;
@@ -210,6 +230,9 @@ impl Monitor {
         self.changing = Some(changing);
         self.hear();
         self.changing = None;
+        if changing.neighbours {
+            self.listener.forget_neighbours(changing.name);
+        }
     }
 
     /// Takes in how a device stands after we have changed it; `None` if it is gone.
@@ -238,8 +261,35 @@ impl Monitor {
         }
     }
 
-    /// Takes in all that has come.
+    /// Takes in all that has come, and tells it.
     pub(crate) fn hear(&mut self) {
+        self.take_in();
+        self.tell();
+    }
+
+    /// Takes in all that has come; our devices that have lost neighbours with it. A device
+    /// that is given another MAC drops all of them before anything is said of itself.
+    pub(crate) fn take_in(&mut self) -> HashSet<LinkName> {
+        self.take_words();
+        std::mem::take(&mut self.stripped)
+    }
+
+    /// Tells what was taken in.
+    pub(crate) fn tell(&mut self) {
+        if let Some(untold) = self.untold.take() {
+            self.listener.tell(untold);
+        }
+    }
+
+    /// Takes in how a device of ours stands, of which nothing was said yet; `None` if it is gone.
+    pub(crate) fn look_at(&mut self, name: LinkName, link: Option<SeenLink>) {
+        if self.watched.values().find(|watched| watched.name == name) != link.as_ref() {
+            self.everything(&format!("{name} was changed"));
+            self.know_one(name, link);
+        }
+    }
+
+    fn take_words(&mut self) {
         loop {
             let length = match self.socket.recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT) {
                 Ok(length) => length,
@@ -340,6 +390,9 @@ impl Monitor {
                 if !stands && going {
                     return;
                 }
+                if !stands {
+                    self.stripped.insert(name);
+                }
                 let mac = seen.mac.filter(|_| stands);
                 let object = mac.map(|mac| Object::Neighbour(name, seen.ip, mac));
                 self.object(Key::Neighbour(name, seen.ip), object);
@@ -403,8 +456,8 @@ impl Monitor {
         self.watched.get(&index).map(|link| link.name).filter(|name| self.claim.owns_link(*name))
     }
 
-    fn object(&self, key: Key, object: Option<Object>) {
-        self.listener.tell(Changes::Objects([(key, object)].into()));
+    fn object(&mut self, key: Key, object: Option<Object>) {
+        add(&mut self.untold, Changes::Objects([(key, object)].into()));
     }
 
     /// Tells that all is to be read anew.

@@ -41,6 +41,7 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use tracing::debug;
 
+use super::link;
 use super::monitor::{Listener, Monitor};
 
 /// How many requests go in one datagram.
@@ -234,7 +235,7 @@ fn work(kernel: &mut Kernel, queue: &mpsc::Receiver<Job>, wake: &EventFd) {
                 Err(mpsc::TryRecvError::Disconnected) => return,
             }
         }
-        kernel.monitor.hear();
+        kernel.hear();
     }
 }
 
@@ -251,6 +252,21 @@ impl Kernel {
     fn new(monitor: Monitor) -> Self {
         let received = vec![0; RECEIVE_BUFFER].into_boxed_slice();
         Self { socket: None, sequence: 0, received, monitor }
+    }
+
+    /// Takes in what the kernel has told, and looks at a device of ours before it tells that
+    /// neighbours are gone: they would be put back only to be dropped again.
+    fn hear(&mut self) {
+        for name in self.monitor.take_in() {
+            match link::by_name(self, name) {
+                Ok(seen) => self.monitor.look_at(name, seen),
+                Err(error) => {
+                    self.socket = None;
+                    self.monitor.everything(&format!("{name} cannot be looked at: {error}"));
+                }
+            }
+        }
+        self.monitor.tell();
     }
 
     /// Takes the requests in their order; tells for each whether the kernel did.
