@@ -50,6 +50,9 @@ const MOST_HOSTS: usize = 5;
 /// How long after the last trouble everything may take to be as it should be.
 const PATIENCE: Duration = Duration::from_secs(2 * 3600);
 
+/// And after which somebody comes and does what the agents' warnings ask for.
+const CALLED: Duration = Duration::from_secs(3600);
+
 /// What simulations one after the other can share.
 pub struct Bench {
     /// Of the hosts' files; removed at the end.
@@ -151,6 +154,8 @@ struct Past {
     wells: Vec<(Duration, Vec<bool>)>,
     /// When one of them was given an address that another has.
     twins: Vec<(Duration, Ipv4Addr)>,
+    /// When which of them lost its disk, and with it all it knew.
+    losses: Vec<(Duration, usize)>,
 }
 
 impl Cluster {
@@ -203,9 +208,14 @@ impl Cluster {
     async fn settle(&mut self) -> Result<(), String> {
         let began = Instant::now();
         let mut pause = Duration::from_secs(1);
+        let mut is_called = false;
         while let Err(wrong) = self.converged().await {
             if began.elapsed() > PATIENCE {
                 return Err(format!("not as it should be after {} s: {wrong}", PATIENCE.as_secs()));
+            }
+            if began.elapsed() > CALLED && !is_called {
+                self.clear_away();
+                is_called = true;
             }
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(60));
@@ -222,7 +232,7 @@ impl Cluster {
                 return Err(format!("the agent of client {place} has ended: {words}"));
             }
         }
-        checks::converged(&self.etcd, &self.config, &self.hosts)
+        checks::converged(&self.etcd, &self.config, &self.hosts, self.fenced)
     }
 
     fn check(&self) -> Result<(), String> {

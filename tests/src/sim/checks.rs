@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use flannel_core::backend::{self, Node};
-use flannel_core::key::{parse_subnet_key, subnet_key};
+use flannel_core::key::parse_subnet_key;
 use flannel_core::lease::{Lease, LeaseAttrs, Subnet, Tenure};
 use flannel_core::network::NetworkConfig;
 use flannel_core::plan::{Planner, RouteMode};
@@ -19,12 +19,13 @@ use super::{PREFIX, Past, Removal};
 use crate::sim_etcd::{By, Record, SimEtcd, What};
 
 /// Whether every host runs, is ready, and holds what the leases in etcd ask for; what is not so, otherwise.
-pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) -> Result<(), String> {
-    let entries = etcd.keys(&format!("{PREFIX}/subnets/"));
-    let leases: Vec<Lease> = entries.iter().filter_map(lease).collect();
-    // The etcd lease that each hangs on.
-    let handles: BTreeMap<Subnet, i64> =
-        entries.iter().filter_map(|entry| Some((subnet(&entry.key)?, entry.lease))).collect();
+pub(super) fn converged(
+    etcd: &SimEtcd,
+    config: &NetworkConfig,
+    hosts: &[Host],
+    fenced: bool,
+) -> Result<(), String> {
+    let leases: Vec<Lease> = etcd.keys(&format!("{PREFIX}/subnets/")).iter().filter_map(lease).collect();
     for (place, host) in hosts.iter().enumerate() {
         let wrong = |words: String| Err(format!("client {place}: {words}"));
         if !host.runs() {
@@ -34,15 +35,9 @@ pub(super) fn converged(etcd: &SimEtcd, config: &NetworkConfig, hosts: &[Host]) 
             return wrong(format!("not ready: {words}"));
         }
         let ours = |lease: &&Lease| {
-            // Without its record nobody can tell whether a second lease with our address is ours, and a
-            // reservation is for a hand to delete.
-            let record = format!("{PREFIX}/hosts/{}", subnet_key(&lease.subnet));
-            let record = etcd.keys(&record).into_iter().next();
-            let is_known = host.subnet() == Some(lease.subnet)
-                || record.is_some_and(|record| {
-                    record.lease != 0 && Some(&record.lease) == handles.get(&lease.subnet)
-                });
-            is_known && lease.attrs.public_ip == Some(host.address())
+            // Without records nobody can tell whether a second lease with our address is ours.
+            let is_held = fenced || host.subnet() == Some(lease.subnet);
+            is_held && lease.attrs.public_ip == Some(host.address())
         };
         let own: Vec<&Lease> = leases.iter().filter(ours).collect();
         let [own] = own.as_slice() else {
@@ -122,8 +117,9 @@ struct Walk<'a> {
     addresses: BTreeMap<Subnet, BTreeSet<Ipv4Addr>>,
     /// When a hand wrote something, which may set one peer against another.
     hands: Vec<Duration>,
-    /// The subnet that a client has, until something happens to it that is not the client's doing.
-    homes: BTreeMap<usize, Subnet>,
+    /// The subnet that a client has, and since when, until something happens to it that is not the
+    /// client's doing.
+    homes: BTreeMap<usize, (Subnet, Duration)>,
 }
 
 impl<'a> Walk<'a> {
@@ -153,16 +149,16 @@ impl<'a> Walk<'a> {
                 if *by == By::Hand {
                     self.hands.push(*at);
                 }
-                self.homes.retain(|number, home| *home != subnet || *by == By::Client(*number));
+                self.homes.retain(|number, (home, _)| *home != subnet || *by == By::Client(*number));
                 if let By::Client(number) = by {
-                    self.homes.entry(*number).or_insert(subnet);
+                    self.moves_in(*number, subnet, *at);
                 }
                 self.holdings.insert(subnet, holding);
             }
             What::Deleted(key, _) => {
                 let Some(subnet) = subnet(key) else { return Ok(()) };
                 self.may_delete(*by, subnet, hosts)?;
-                self.homes.retain(|_, home| *home != subnet);
+                self.homes.retain(|_, (home, _)| *home != subnet);
                 if let Some(holding) = self.holdings.remove(&subnet) {
                     self.blow(subnet, &holding, *at);
                 }
@@ -195,6 +191,17 @@ impl<'a> Walk<'a> {
             holding.by = by;
         }
         Ok(())
+    }
+
+    /// A client writes what was free or another's. It has what it had first, unless it took over the
+    /// lease of another after its disk was lost: it could not tell which of the two was its own.
+    fn moves_in(&mut self, number: usize, subnet: Subnet, at: Duration) {
+        let is_taken_over = self.holdings.get(&subnet).is_some_and(|former| former.by != By::Client(number));
+        let (home, since) = *self.homes.entry(number).or_insert((subnet, at));
+        let has_lost = |(when, place): &(Duration, usize)| *place == number && (since..at).contains(when);
+        if home != subnet && is_taken_over && self.past.losses.iter().any(has_lost) {
+            self.homes.insert(number, (subnet, at));
+        }
     }
 
     /// Something happened to this lease, and so to whoever says the same of himself.
@@ -239,7 +246,7 @@ impl<'a> Walk<'a> {
     /// Nobody deletes what somebody else holds, nor (I5) the subnet that he has.
     fn may_delete(&self, by: By, subnet: Subnet, hosts: &[Host]) -> Result<(), String> {
         let (By::Client(number), Some(holding)) = (by, self.holdings.get(&subnet)) else { return Ok(()) };
-        if self.homes.get(&number) == Some(&subnet) {
+        if self.homes.get(&number).is_some_and(|(home, _)| *home == subnet) {
             return Err(format!("{subnet} was given up though it was to be had"));
         }
         let is_ours =
@@ -296,7 +303,7 @@ fn lease(entry: &Entry) -> Option<Lease> {
     Some(Lease { subnet: subnet(&entry.key)?, attrs: attributes(entry)?, tenure })
 }
 
-fn subnet(key: &[u8]) -> Option<Subnet> {
+pub(super) fn subnet(key: &[u8]) -> Option<Subnet> {
     parse_subnet_key(std::str::from_utf8(key).ok()?.strip_prefix(PREFIX)?.strip_prefix("/subnets/")?)
 }
 

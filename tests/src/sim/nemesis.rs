@@ -9,7 +9,7 @@ use flannel_core::key::subnet_key;
 use flannel_core::state::{Key, RouteKey};
 use tokio::time::sleep;
 
-use super::checks::attributes;
+use super::checks::{attributes, subnet};
 use super::host::Host;
 use super::{Cluster, PREFIX, RECORDS, SUBNETS};
 use crate::sim_etcd::{By, Fate, Weather};
@@ -134,6 +134,22 @@ impl Cluster {
         self.hosts.iter_mut().for_each(Host::start);
     }
 
+    /// A hand takes away what no agent may: leases beside that of a host which name its address,
+    /// if they are reserved or have no record any more. The agents warn of them.
+    pub(super) fn clear_away(&self) {
+        for entry in self.etcd.keys(SUBNETS) {
+            let address = attributes(&entry).and_then(|attrs| attrs.public_ip);
+            let holder = self.hosts.iter().find(|host| Some(host.address()) == address);
+            let (Some(host), Some(subnet)) = (holder, subnet(&entry.key)) else { continue };
+            let record = self.etcd.keys(&format!("{RECORDS}{}", subnet_key(&subnet))).into_iter().next();
+            let is_recorded = record.is_some_and(|record| record.lease == entry.lease);
+            let is_another = host.subnet().is_some_and(|own| own != subnet);
+            if is_another && (entry.lease == 0 || !is_recorded) {
+                self.etcd.delete(&String::from_utf8_lossy(&entry.key));
+            }
+        }
+    }
+
     /// Where there is room for our hosts and hardly for anybody else, the others go.
     fn make_room(&mut self) {
         if self.tight {
@@ -249,6 +265,7 @@ impl Cluster {
             Act::Reinstall(place) => {
                 self.host(place).kill().await;
                 self.host(place).reinstall();
+                self.past.losses.push((self.etcd.now(), place));
             }
             Act::Still(place, still) => self.host(place).still(still),
             Act::Move(place) => self.move_away(place),
