@@ -16,7 +16,6 @@
 //! [`crate::plan`]).
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
 
 use ipnetwork::IpNetwork;
 
@@ -42,17 +41,16 @@ pub enum Choice {
     },
 }
 
-/// The leases of the host at `public_ip` that the config no longer allows,
+/// The leases of the host with `attrs` that the config no longer allows,
 /// reservations left out: they are to be given back, or every peer would route
 /// to them for another day.
 pub fn misfits<'a>(
     config: &'a NetworkConfig,
     snapshot: &'a Snapshot,
-    public_ip: Option<Ipv4Addr>,
+    attrs: &LeaseAttrs,
 ) -> impl Iterator<Item = &'a Lease> {
     snapshot.leases.iter().filter(move |lease| {
-        let ours = public_ip.is_some() && lease.attrs.public_ip == public_ip;
-        ours && lease.tenure == Tenure::Leased && !fits(config, lease.subnet)
+        lease.attrs.same_host(attrs) && lease.tenure == Tenure::Leased && !fits(config, lease.subnet)
     })
 }
 
@@ -66,18 +64,16 @@ pub fn fits(config: &NetworkConfig, subnet: Subnet) -> bool {
     part(&config.v4, subnet.v4().map(IpNetwork::V4)) && part(&config.v6, subnet.v6().map(IpNetwork::V6))
 }
 
-/// Decides for the host at `public_ip` among the leases of `snapshot`.
+/// Decides for the host with `attrs` among the leases of `snapshot`.
 ///
 /// A lease of ours that no longer fits the config is passed over.
 pub fn choose(
     config: &NetworkConfig,
     snapshot: &Snapshot,
-    public_ip: Option<Ipv4Addr>,
+    attrs: &LeaseAttrs,
     previous: Option<Subnet>,
 ) -> Choice {
-    let ours = |lease: &&Lease| {
-        public_ip.is_some() && lease.attrs.public_ip == public_ip && fits(config, lease.subnet)
-    };
+    let ours = |lease: &&Lease| lease.attrs.same_host(attrs) && fits(config, lease.subnet);
     let ours = || snapshot.leases.iter().filter(ours);
     // Several are rare, and Go flanneld takes the one that comes first in etcd.
     let former = ours().find(|lease| Some(lease.subnet) == previous);
@@ -202,10 +198,15 @@ fn stands(pool: Pool, part: IpNetwork, attrs: &LeaseAttrs) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::LeaseAttrs;
     use crate::store::Unreadable;
 
-    const US: Ipv4Addr = Ipv4Addr::new(192, 168, 0, 1);
+    fn attrs(ip: &str) -> LeaseAttrs {
+        LeaseAttrs::from_json(&format!(r#"{{"PublicIP":"{ip}"}}"#)).unwrap()
+    }
+
+    fn us() -> LeaseAttrs {
+        attrs("192.168.0.1")
+    }
 
     fn config() -> NetworkConfig {
         NetworkConfig::parse(r#"{"Network":"10.5.0.0/22"}"#).unwrap()
@@ -218,7 +219,7 @@ mod tests {
     fn leases(leases: &[(&str, &str)]) -> Snapshot {
         let lease = |(network, ip): &(&str, &str)| Lease {
             subnet: subnet(network),
-            attrs: LeaseAttrs::from_json(&format!(r#"{{"PublicIP":"{ip}"}}"#)).unwrap(),
+            attrs: attrs(ip),
             tenure: Tenure::Leased,
         };
         Snapshot { leases: leases.iter().map(lease).collect(), unreadable: vec![] }
@@ -236,7 +237,7 @@ mod tests {
     fn the_lease_with_our_public_address_is_ours() {
         let snapshot = leases(&[("10.5.3.0/24", "192.168.0.2"), ("10.5.2.0/24", "192.168.0.1")]);
 
-        let choice = choose(&config(), &snapshot, Some(US), Some(subnet("10.5.1.0/24")));
+        let choice = choose(&config(), &snapshot, &us(), Some(subnet("10.5.1.0/24")));
 
         assert_eq!(choice, Choice::Reuse(snapshot.leases[1].clone()));
     }
@@ -249,8 +250,7 @@ mod tests {
             ("10.5.9.0/24", "192.168.0.1"),
             ("10.5.10.0/24", "192.168.0.1"),
         ]);
-        let reused = |previous: Option<&str>| match choose(&config, &snapshot, Some(US), previous.map(subnet))
-        {
+        let reused = |previous: Option<&str>| match choose(&config, &snapshot, &us(), previous.map(subnet)) {
             Choice::Reuse(lease) => lease.subnet.to_string(),
             other => panic!("{other:?}"),
         };
@@ -264,7 +264,7 @@ mod tests {
     fn a_lease_of_ours_that_no_longer_fits_the_config_is_passed_over() {
         let snapshot = leases(&[("10.9.2.0/24", "192.168.0.1"), ("10.5.2.0/25", "192.168.0.1")]);
 
-        let choice = choose(&config(), &snapshot, Some(US), None);
+        let choice = choose(&config(), &snapshot, &us(), None);
 
         assert_eq!(picks(choice), ["10.5.1.0/24", "10.5.3.0/24"]);
     }
@@ -280,7 +280,7 @@ mod tests {
         snapshot.leases[2].tenure = Tenure::Reserved;
 
         let config = config();
-        let misfits: Vec<&Lease> = misfits(&config, &snapshot, Some(US)).collect();
+        let misfits: Vec<&Lease> = misfits(&config, &snapshot, &us()).collect();
 
         assert_eq!(misfits, [&snapshot.leases[0]]);
     }
@@ -289,7 +289,7 @@ mod tests {
     fn the_subnet_we_had_before_is_asked_for_if_it_is_free() {
         let snapshot = leases(&[("10.5.1.0/24", "192.168.0.2")]);
 
-        let choice = choose(&config(), &snapshot, Some(US), Some(subnet("10.5.3.0/24")));
+        let choice = choose(&config(), &snapshot, &us(), Some(subnet("10.5.3.0/24")));
 
         assert_eq!(choice, Choice::Ask(subnet("10.5.3.0/24")));
     }
@@ -298,14 +298,14 @@ mod tests {
     fn the_subnet_we_had_before_is_not_taken_from_somebody_else() {
         let snapshot = leases(&[("10.5.3.0/24", "192.168.0.2")]);
 
-        let choice = choose(&config(), &snapshot, Some(US), Some(subnet("10.5.3.0/24")));
+        let choice = choose(&config(), &snapshot, &us(), Some(subnet("10.5.3.0/24")));
 
         assert_eq!(picks(choice), ["10.5.1.0/24", "10.5.2.0/24"]);
     }
 
     #[test]
     fn the_subnet_we_had_before_must_fit_the_config() {
-        let choice = choose(&config(), &leases(&[]), Some(US), Some(subnet("10.9.3.0/24")));
+        let choice = choose(&config(), &leases(&[]), &us(), Some(subnet("10.9.3.0/24")));
 
         assert_eq!(picks(choice), ["10.5.1.0/24", "10.5.2.0/24", "10.5.3.0/24"]);
     }
@@ -315,7 +315,7 @@ mod tests {
         let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/21"}"#).unwrap();
         let snapshot = leases(&[("10.5.2.0/23", "192.168.0.2"), ("10.5.4.64/26", "192.168.0.3")]);
 
-        let choice = choose(&config, &snapshot, Some(US), None);
+        let choice = choose(&config, &snapshot, &us(), None);
 
         assert_eq!(picks(choice), ["10.5.1.0/24", "10.5.5.0/24", "10.5.6.0/24", "10.5.7.0/24"]);
     }
@@ -329,14 +329,14 @@ mod tests {
             reason: "not JSON".into(),
         });
 
-        assert_eq!(picks(choose(&config(), &snapshot, Some(US), None)), ["10.5.3.0/24"]);
+        assert_eq!(picks(choose(&config(), &snapshot, &us(), None)), ["10.5.3.0/24"]);
     }
 
     #[test]
     fn a_full_range_is_exhausted() {
         let of = |third| (["10.5.1.0/24", "10.5.2.0/24", "10.5.3.0/24"][third], "192.168.0.2");
 
-        let choice = choose(&config(), &leases(&[of(0), of(1), of(2)]), Some(US), None);
+        let choice = choose(&config(), &leases(&[of(0), of(1), of(2)]), &us(), None);
 
         assert_eq!(choice, Choice::Exhausted { leased: 3 });
     }
@@ -344,7 +344,7 @@ mod tests {
     /// What is free beside some leases in a /16 of 255 subnets.
     fn count_free(snapshot: &Snapshot) -> usize {
         let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
-        match choose(&config, snapshot, Some(US), None) {
+        match choose(&config, snapshot, &us(), None) {
             Choice::PickFrom(free) => free.v4.unwrap().count().try_into().unwrap(),
             other => panic!("{other:?}"),
         }
@@ -394,7 +394,7 @@ mod tests {
     fn the_subnet_we_had_before_is_free_within_a_wide_key_that_takes_nothing() {
         let config = NetworkConfig::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap();
         let ask =
-            |others: &[(&str, &str)]| choose(&config, &leases(others), Some(US), Some(subnet("10.5.2.0/24")));
+            |others: &[(&str, &str)]| choose(&config, &leases(others), &us(), Some(subnet("10.5.2.0/24")));
         let (wide, inside) = (("10.5.0.0/18", "192.168.0.2"), ("10.5.1.0/24", "192.168.0.3"));
 
         assert_eq!(ask(&[wide, inside]), Choice::Ask(subnet("10.5.2.0/24")));
@@ -405,7 +405,7 @@ mod tests {
     fn a_key_that_covers_the_whole_network_keeps_nobody_out() {
         let snapshot = leases(&[("0.0.0.0/0", "192.168.0.2"), ("10.5.0.0/22", "192.168.0.3")]);
 
-        assert_eq!(picks(choose(&config(), &snapshot, Some(US), None)).len(), 3);
+        assert_eq!(picks(choose(&config(), &snapshot, &us(), None)).len(), 3);
     }
 
     #[test]
@@ -413,7 +413,7 @@ mod tests {
         let config =
             NetworkConfig::parse(r#"{"Network":"10.5.0.0/22","EnableIPv6":true,"IPv6Network":"fd05::/48"}"#)
                 .unwrap();
-        let Choice::PickFrom(free) = choose(&config, &Snapshot::default(), Some(US), None) else { panic!() };
+        let Choice::PickFrom(free) = choose(&config, &Snapshot::default(), &us(), None) else { panic!() };
 
         assert_eq!(free.pick((0, 65534)).to_string(), "10.5.1.0/24 and fd05:0:0:ffff::/64");
     }
@@ -426,7 +426,7 @@ mod tests {
             let pairs: Vec<(&str, &str)> = networks.iter().map(|network| (network.as_str(), "192.168.0.2")).collect();
             let snapshot = leases(&pairs);
 
-            if let Choice::PickFrom(free) = choose(&config, &snapshot, Some(US), None) {
+            if let Choice::PickFrom(free) = choose(&config, &snapshot, &us(), None) {
                 let picked = free.pick((dice, 0)).v4().unwrap();
                 for lease in snapshot.leases.iter().filter_map(|lease| lease.subnet.v4()) {
                     let beaten = pairs.iter().any(|(other, _)| other.ends_with("/24") && lease.overlaps(other.parse().unwrap()));

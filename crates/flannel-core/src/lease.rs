@@ -206,6 +206,15 @@ impl LeaseAttrs {
         json.replace('&', "\\u0026").replace('<', "\\u003c").replace('>', "\\u003e")
     }
 
+    /// Whether two leases name one host: by its public IPv4 address, as flannel tells hosts
+    /// apart, or by the IPv6 one where neither has an IPv4 address.
+    pub fn same_host(&self, other: &Self) -> bool {
+        match (self.public_ip, other.public_ip) {
+            (None, None) => self.public_ipv6.is_some() && self.public_ipv6 == other.public_ipv6,
+            (one, other) => one == other,
+        }
+    }
+
     /// The backend's own words for the family of `subnet`.
     pub fn data(&self, subnet: &IpNetwork) -> Option<&BackendData> {
         match subnet {
@@ -363,6 +372,26 @@ mod tests {
             attrs.to_json(),
             r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd77::1","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"36:8a:ca:4c:79:ec"}}"#
         );
+    }
+
+    #[test]
+    fn leases_name_one_host_by_its_ipv4_address_or_by_its_ipv6_one_if_it_has_no_other() {
+        let [a, b] = ["fd77::1", "fd77::2"].map(|ip| ip.parse().ok());
+        let with = |public_ip: u8, public_ipv6| {
+            let public_ip = (public_ip > 0).then(|| Ipv4Addr::new(192, 168, 77, public_ip));
+            LeaseAttrs { public_ip, public_ipv6, ..vxlan() }
+        };
+
+        for (one, other, same) in [
+            (with(1, None), with(1, a), true),
+            (with(1, a), with(2, a), false),
+            (with(0, a), with(0, a), true),
+            (with(0, a), with(0, b), false),
+            (with(0, a), with(1, a), false),
+            (with(0, None), with(0, None), false),
+        ] {
+            assert_eq!((one.same_host(&other), other.same_host(&one)), (same, same), "{one:?} {other:?}");
+        }
     }
 
     #[test]

@@ -48,7 +48,6 @@ use tracing::{debug, info, warn};
 use crate::call::{STEADY, delays};
 use crate::codec::attributes;
 use crate::kv::{Answer, Compare, Entry, Failure, Happened, Kv, KvStream, Op, Range, Refusal, Txn};
-use crate::lease::same_host;
 use crate::registry::{Registry, Standing, unchanged};
 
 /// How long a holder has to answer. One that lives answers in milliseconds; one
@@ -187,7 +186,7 @@ impl<K: Kv> Registry<K> {
         let Some((host, key)) = self.fenced().zip(standing.key.as_ref()) else { return };
         let value = Record::of(host, attrs).to_json();
         let is_there = |record: &Entry| record.value == value.as_bytes() && record.lease == key.lease;
-        let is_ours = attributes(&key.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+        let is_ours = attributes(&key.value).is_ok_and(|theirs| theirs.same_host(attrs));
         if standing.record.as_ref().is_some_and(is_there) || !is_ours {
             return;
         }

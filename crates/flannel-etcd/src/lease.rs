@@ -121,7 +121,7 @@ impl<K: Kv> Registry<K> {
             let listing = self.list().await?;
             let snapshot = &listing.snapshot;
             let previous = self.asked_for().or(previous);
-            let choice = choose(config, snapshot, attrs.public_ip, previous);
+            let choice = choose(config, snapshot, attrs, previous);
             let by_address = match &choice {
                 Choice::Reuse(lease) => Some(lease.subnet),
                 _ => None,
@@ -144,7 +144,7 @@ impl<K: Kv> Registry<K> {
             };
             if let Some(held) = held {
                 // Only now: whatever goes wrong before leaves us what we had.
-                for misfit in misfits(config, snapshot, attrs.public_ip) {
+                for misfit in misfits(config, snapshot, attrs) {
                     self.give_back(misfit).await?;
                 }
                 self.first.keep(listing, &held.lease);
@@ -172,7 +172,7 @@ impl<K: Kv> Registry<K> {
             return Ok(expiry(asked));
         }
         let theirs = readable(&self.layout.lease(subnet), found)?;
-        if matches!(recorded, Recorded::Nobody) && !same_host(&theirs, attrs) {
+        if matches!(recorded, Recorded::Nobody) && !theirs.same_host(attrs) {
             return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
         }
         if found.lease != 0 {
@@ -205,7 +205,7 @@ impl<K: Kv> Registry<K> {
         attrs: &LeaseAttrs,
     ) -> Result<HeldLease, StoreError> {
         let Lease { subnet, attrs: former, .. } = &held.lease;
-        let way = match same_host(former, attrs) {
+        let way = match former.same_host(attrs) {
             true => Ok(()),
             false => self.make_way(&self.list().await?.snapshot, *subnet, attrs).await,
         };
@@ -245,8 +245,8 @@ impl<K: Kv> Registry<K> {
                         return Err(lost(Some(them.words())));
                     }
                     let theirs = readable(&key, found)?;
-                    let is_ours = same_host(&theirs, former)
-                        || same_host(&theirs, said.place)
+                    let is_ours = theirs.same_host(former)
+                        || theirs.same_host(said.place)
                         || self.may_have_written(*subnet, &theirs);
                     if matches!(recorded, Recorded::Nobody) && !is_ours {
                         return Err(lost(theirs.public_ip.map(|holder| holder.to_string())));
@@ -303,7 +303,7 @@ impl<K: Kv> Registry<K> {
 
     /// Whether this stands there because a write of ours was carried out whose answer was lost.
     fn may_have_written(&self, subnet: Subnet, found: &LeaseAttrs) -> bool {
-        self.unanswered().iter().any(|(asked, attrs)| *asked == subnet && same_host(attrs, found))
+        self.unanswered().iter().any(|(asked, attrs)| *asked == subnet && attrs.same_host(found))
     }
 
     fn will_write(&self, subnet: Subnet, attrs: &LeaseAttrs) {
@@ -329,7 +329,7 @@ impl<K: Kv> Registry<K> {
         let standing = self.read_standing(&lease.subnet).await?;
         let Some(found) = &standing.key else { return Ok(()) };
         let still_ours = match self.recorded(&standing) {
-            Recorded::Nobody => attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, &lease.attrs)),
+            Recorded::Nobody => attributes(&found.value).is_ok_and(|theirs| theirs.same_host(&lease.attrs)),
             Recorded::Us => true,
             Recorded::Them(_) => false,
         };
@@ -364,7 +364,7 @@ impl<K: Kv> Registry<K> {
     /// # Errors
     /// `Twin` if another host has it and lives.
     async fn make_way(&self, snapshot: &Snapshot, own: Subnet, attrs: &LeaseAttrs) -> Result<(), StoreError> {
-        let has_our_address = |lease: &&Lease| lease.subnet != own && same_host(&lease.attrs, attrs);
+        let has_our_address = |lease: &&Lease| lease.subnet != own && lease.attrs.same_host(attrs);
         for lease in snapshot.leases.iter().filter(has_our_address) {
             if let Some(them) = self.clear(lease.subnet, attrs, Left::Never).await? {
                 return Err(self.twin(lease.subnet, &them, attrs));
@@ -387,7 +387,7 @@ impl<K: Kv> Registry<K> {
         loop {
             let standing = self.read_standing(&stray).await?;
             let Some(found) = &standing.key else { return Ok(None) };
-            let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+            let has_our_address = attributes(&found.value).is_ok_and(|theirs| theirs.same_host(attrs));
             let them = match self.recorded(&standing) {
                 Recorded::Us => None,
                 Recorded::Them(them) if has_our_address || self.is_our_id(&them) => Some(them),
@@ -463,7 +463,7 @@ impl<K: Kv> Registry<K> {
     ) -> Result<Option<HeldLease>, StoreError> {
         let standing = self.read_standing(&subnet).await?;
         let Some(found) = &standing.key else { return Ok(None) };
-        let has_our_address = attributes(&found.value).is_ok_and(|theirs| same_host(&theirs, attrs));
+        let has_our_address = attributes(&found.value).is_ok_and(|theirs| theirs.same_host(attrs));
         match self.recorded(&standing) {
             Recorded::Nobody if !has_our_address => Ok(None),
             Recorded::Nobody | Recorded::Us => {
@@ -614,13 +614,6 @@ fn readable(key: &str, found: &Entry) -> Result<LeaseAttrs, StoreError> {
         operation: format!("keeping {key}"),
         source: format!("somebody has written a value there that is no lease: {reason}").into(),
     })
-}
-
-pub(crate) fn same_host(one: &LeaseAttrs, other: &LeaseAttrs) -> bool {
-    match (one.public_ip, other.public_ip) {
-        (None, None) => one.public_ipv6.is_some() && one.public_ipv6 == other.public_ipv6,
-        (one, other) => one == other,
-    }
 }
 
 fn expiry(since: Instant) -> Expiry {

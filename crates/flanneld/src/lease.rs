@@ -165,9 +165,7 @@ async fn freed<S: LeaseStore>(
 ) -> &'static str {
     const FREED: &str = "a subnet was freed";
     const OURS: &str = "a lease of ours is there";
-    let is_ours = |lease: &Lease| {
-        attrs.public_ip.is_some() && lease.attrs.public_ip == attrs.public_ip && fits(config, lease.subnet)
-    };
+    let is_ours = |lease: &Lease| lease.attrs.same_host(attrs) && fits(config, lease.subnet);
     let mut watch = store.watch();
     loop {
         match watch.next().await {

@@ -335,7 +335,7 @@ async fn recall_place<N: Network>(
         _ => random_mac(),
     };
     let attrs = backend.attributes(&ground.underlay, &ground.state, mac);
-    if attrs.public_ip != held.lease.attrs.public_ip {
+    if !attrs.same_host(&held.lease.attrs) {
         let was = held.lease.attrs.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED);
         warn!(
             %was, is = %ground.underlay.public_ip,

@@ -464,7 +464,7 @@ proptest! {
         let planner = || planner_of(&self::config(r#"{"Type":"vxlan"}"#), ours.clone(), RouteMode::Auto);
         let snapshot = Snapshot { leases: [leases.clone(), vec![ours.clone()]].concat(), unreadable: vec![] };
 
-        let Choice::PickFrom(free) = allocation::choose(&config, &snapshot, Some([192, 168, 0, 99].into()), None) else {
+        let Choice::PickFrom(free) = allocation::choose(&config, &snapshot, &peer("10.5.2.0/24", 99, 99).attrs, None) else {
             return Ok(());
         };
         let joined = Lease { subnet: free.pick((dice, 0)), ..peer("10.5.2.0/24", 99, 99) };

@@ -98,7 +98,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         } else if self.rewrites_left > 0 {
             self.rewrites_left -= 1;
             // Whose it is then, the store knows.
-            self.restore(match published.attrs.public_ip == ours.attrs.public_ip {
+            self.restore(match published.attrs.same_host(&ours.attrs) {
                 true => "our lease says what we did not write",
                 false => "our lease was overwritten in the store",
             });
@@ -133,7 +133,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
     fn looks_like_ours(&self, lease: &Lease) -> bool {
         let Lease { subnet: own, attrs: ours, .. } = &self.parts.held.lease;
         let same_mac = ours.backend_data.is_some() && lease.attrs.backend_data == ours.backend_data;
-        lease.subnet != *own && (same_mac || lease.attrs.public_ip == ours.public_ip)
+        lease.subnet != *own && (same_mac || lease.attrs.same_host(ours))
     }
 
     fn give_back(&mut self, stray: Subnet) {
