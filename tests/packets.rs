@@ -252,6 +252,7 @@ impl Beside<'_> {
             .cluster
             .try_out(&expected.iter().map(|(flow, source)| (*flow, source.is_some())).collect());
 
+        let before = wrong.len();
         for (name, flow) in FLOWS {
             let shown =
                 |source: Option<Ipv4Addr>| source.map_or("dropped".into(), |source| format!("from {source}"));
@@ -260,6 +261,9 @@ impl Beside<'_> {
                 let Self { docker, hosts: Hosts { engine, .. } } = self;
                 writeln!(wrong, "{docker:?}, {engine:?}, {when}: {name}: {seen}, not {expected}").unwrap();
             }
+        }
+        if wrong.len() > before {
+            wrong.push_str(&self.hosts.state());
         }
     }
 }

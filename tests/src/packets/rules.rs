@@ -109,6 +109,19 @@ impl Hosts<'_> {
         })
     }
 
+    /// All rules of the hosts, and the connections that they know, for whoever wonders.
+    pub fn state(&self) -> String {
+        let mut state = String::new();
+        for host in [1, 2] {
+            let legacy = self.feed(host, "iptables-legacy-save", &[], "");
+            let tables = self.feed(host, "nft", &["list", "ruleset"], "");
+            let known = self.cluster.inside(Host(host), || fs::read_to_string("/proc/net/nf_conntrack"));
+            let known = known.unwrap_or_else(|error| error.to_string());
+            state += &format!("host {host}:\n{legacy}{tables}{known}");
+        }
+        state
+    }
+
     /// Runs a program on a host, with that on its stdin; what it prints.
     ///
     /// # Panics
