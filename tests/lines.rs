@@ -384,6 +384,40 @@ async fn a_subnet_that_another_host_gives_back_in_a_moment_is_not_lost() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nor_is_one_given_back_while_it_is_published() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let theirs = r#"{"HostID":"b","BootID":"boot-1","Hostname":"b","PublicIP":"192.168.0.2"}"#;
+    etcd.bend(&record_key(8), theirs.as_bytes());
+    let store = store(&client);
+    let publishing = tokio::spawn(async move { store.publish(&held, &host(1)).await });
+
+    sleep(Duration::from_secs(1)).await;
+    etcd.delete(&record_key(8));
+    let published = publishing.await.unwrap();
+
+    assert_eq!(published.unwrap().lease.subnet, subnet(8));
+    assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_without_a_record_is_ours_if_it_names_where_we_are_by_now() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    etcd.bend(&key(8), host(2).to_json().as_bytes());
+    etcd.delete(&record_key(8));
+    let elsewhere = store(&client).publish(&held, &host(3)).await;
+    assert!(matches!(&elsewhere, Err(StoreError::Lost { .. })), "{elsewhere:?}");
+
+    let published = store(&client).publish(&held, &host(2)).await.unwrap();
+
+    assert_eq!((published.lease.subnet, published.handle), (subnet(8), held.handle));
+    assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_former_subnet_with_our_record_goes_before_one_with_our_address() {
     let etcd = SimEtcd::start();
     let client = etcd.client(1);
