@@ -5,6 +5,7 @@ pub mod build;
 pub mod dockerd;
 pub mod etcd;
 pub mod fake_network;
+pub mod firewalld;
 pub mod fuzz;
 pub mod lab;
 pub mod leases;

@@ -3,11 +3,13 @@
 //!
 //! ```text
 //!   ensure ──▶ engine: iptables or nftables ──▶ then, once: leftovers in the other engines
-//!   changed ◀── ear ◀── the kernel, of nf_tables
+//!   changed ◀─┬ ear ◀── the kernel, of nf_tables
+//!             └ firewalld, by the bus of the system, of x_tables
 //! ```
 //!
 //! The new rules come before the old ones go: at no moment would a packet meet none.
-//! x_tables tell nothing, and rules there are looked at by the clock alone.
+//! x_tables tell nothing: rules there are looked at by the clock, and when firewalld
+//! says that it was there.
 
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ use tracing::debug;
 
 mod docker;
 mod ear;
+mod firewalld;
 mod generation;
 mod insistence;
 pub mod iptables;
@@ -28,6 +31,7 @@ mod program;
 
 use docker::Docker;
 use ear::{Concern, Ear};
+use firewalld::Firewalld;
 use iptables::{Family, IptablesFirewall};
 use leftovers::Leftovers;
 use nftables::NftablesFirewall;
@@ -45,6 +49,10 @@ pub struct LinuxFirewall {
     leftovers: Leftovers,
     docker: Docker,
     ear: Option<Ear>,
+    /// Only where the kernel tells nothing.
+    firewalld: Option<Firewalld>,
+    /// Where the bus is that firewalld is heard by, if it is not that of the system.
+    bus: Option<String>,
     /// Whether something was heard that nobody has looked at yet.
     heard: bool,
     /// Before that nobody is woken again.
@@ -99,36 +107,72 @@ impl LinuxFirewall {
             leftovers,
             docker: Docker::default(),
             ear: None,
+            firewalld: None,
+            bus: None,
             heard: false,
             rests_until: Instant::now(),
         }
     }
 
-    /// Listens where the rules are, if the kernel tells of changes there.
+    /// Hears firewalld by the bus of that address.
+    #[must_use]
+    pub fn on_bus(self, address: &str) -> Self {
+        Self { bus: Some(address.into()), ..self }
+    }
+
+    /// Listens where the rules are: to the kernel if it tells of changes there, else to firewalld.
     fn listen(&mut self, rules: &Ruleset) {
         let concern = match &self.engine {
-            Engine::Iptables(iptables) if iptables.is_told() == Some(true) => Concern::iptables(rules),
-            Engine::Iptables(_) => return,
-            Engine::Nftables(_) => Concern::nftables(rules),
+            Engine::Iptables(iptables) => match iptables.is_told() {
+                Some(told) => told.then(|| Concern::iptables(rules)),
+                None => return,
+            },
+            Engine::Nftables(_) => Some(Concern::nftables(rules)),
         };
-        if self.ear.as_ref().is_some_and(|ear| *ear.concern() == concern) {
-            return;
+        if let Some(concern) = concern {
+            if self.ear.as_ref().is_some_and(|ear| *ear.concern() == concern) {
+                return;
+            }
+            match Ear::open(concern) {
+                // What has changed until now was not heard.
+                Ok(ear) => (self.ear, self.heard) = (Some(ear), !self.engine.is_at_rest()),
+                Err(error) => {
+                    debug!(%error, "nf_tables tells us nothing; its rules are looked at by the clock")
+                }
+            }
         }
-        match Ear::open(concern) {
-            // What has changed until now was not heard.
-            Ok(ear) => (self.ear, self.heard) = (Some(ear), !self.engine.is_at_rest()),
-            Err(error) => debug!(%error, "nf_tables tells us nothing; its rules are looked at by the clock"),
+        match &self.ear {
+            Some(_) => self.firewalld = None,
+            None if self.firewalld.is_none() => self.firewalld = Some(Firewalld::listen(self.bus.clone())),
+            None => {}
         }
+    }
+
+    /// Waits for whoever tells of changes. Safe to drop at any moment, as both of them are.
+    async fn word(&mut self) {
+        match (&mut self.ear, &mut self.firewalld) {
+            (Some(ear), _) => ear.heard().await,
+            (None, Some(firewalld)) => firewalld.heard().await,
+            (None, None) => std::future::pending().await,
+        }
+    }
+
+    /// Forgets what was heard: all is looked at now.
+    fn forget(&mut self) {
+        if let Some(ear) = &mut self.ear {
+            ear.forget();
+        }
+        if let Some(firewalld) = &mut self.firewalld {
+            firewalld.forget();
+        }
+        self.heard = false;
     }
 }
 
 impl Firewall for LinuxFirewall {
     async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
         let began = Instant::now();
-        if let Some(ear) = &mut self.ear {
-            ear.forget();
-        }
-        self.heard = false;
+        self.forget();
         let ensured = match &mut self.engine {
             Engine::Iptables(iptables) => iptables.ensure(rules).await,
             Engine::Nftables(nftables) => nftables.ensure(rules).await,
@@ -154,12 +198,6 @@ impl Firewall for LinuxFirewall {
         let waits_until = self.engine.waits_until().filter(|until| *until > Instant::now());
         loop {
             if !self.heard {
-                let heard = async {
-                    match &mut self.ear {
-                        Some(ear) => ear.heard().await,
-                        None => std::future::pending().await,
-                    }
-                };
                 let due = async {
                     match waits_until {
                         Some(until) => sleep_until(until).await,
@@ -167,15 +205,12 @@ impl Firewall for LinuxFirewall {
                     }
                 };
                 tokio::select! {
-                    () = heard => self.heard = true,
+                    () = self.word() => self.heard = true,
                     () = due => return,
                 }
             }
             sleep_until(self.rests_until.max(Instant::now() + TOGETHER)).await;
-            if let Some(ear) = &mut self.ear {
-                ear.forget();
-            }
-            self.heard = false;
+            self.forget();
             // Or else it was we who changed something.
             if !self.engine.is_at_rest() {
                 return;
