@@ -340,8 +340,10 @@ fn what_a_go_flanneld_leaves_as_it_changes_to_nftables_goes() {
 }
 
 #[test]
-fn asking_for_leftovers_makes_no_tables() {
+fn asking_for_leftovers_and_for_docker_s_rules_makes_no_tables() {
     with_all_tools(async |netns| {
+        netns.run("ip link add docker0 type bridge");
+        netns.run("ip addr add 10.5.1.1/24 dev docker0");
         start(FirewallEngine::Nftables, &ours(ALL)).await;
 
         assert_eq!(fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default(), "");
@@ -454,6 +456,7 @@ fn a_place_that_somebody_took_again_and_again_is_taken_back_in_a_while() {
 
             let shown = netns.run(&format!("{program} -S FORWARD"));
             assert!(shown.lines().nth(1).unwrap().ends_with("FLANNEL-FWD"), "{shown}");
+            netns.run(&format!("{program} -D FORWARD -j DROP"));
         }
     });
 }

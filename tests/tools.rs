@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -29,6 +29,11 @@ fn lab(config: &str) -> (Lab, Host) {
 
 /// Starts an agent that finds these tools and no other: a name, and what it leads to.
 fn agent_with(host: &Host, name: &str, tools: &[(&str, &str)]) -> Process {
+    agent_of(host, name, tools, &FLAGS)
+}
+
+/// The same with flags of its own.
+fn agent_of(host: &Host, name: &str, tools: &[(&str, &str)], flags: &[&str]) -> Process {
     let programs = host.directory.join(format!("{name}-programs"));
     fs::create_dir_all(&programs).unwrap();
     for (name, tool) in tools {
@@ -37,7 +42,7 @@ fn agent_with(host: &Host, name: &str, tools: &[(&str, &str)]) -> Process {
     }
     let mut command = host.command("env");
     command.arg(format!("PATH={}", programs.display())).arg(lab::flanneld());
-    host.start(command, name, &host.subnet_file(), &FLAGS)
+    host.start(command, name, &host.subnet_file(), flags)
 }
 
 fn readiness(host: &Host) -> (u16, String) {
@@ -142,7 +147,7 @@ fn a_tool_that_is_missing_is_named_with_what_helps() {
 }
 
 #[test]
-fn rules_in_both_kinds_of_iptables_are_told_once_with_both_names() {
+fn rules_in_both_kinds_of_iptables_are_pending_and_told_once_with_both_names() {
     if !need("iptables-legacy") || !need("iptables-nft") {
         return;
     }
@@ -150,17 +155,70 @@ fn rules_in_both_kinds_of_iptables_are_told_once_with_both_names() {
     host.run(&["iptables-legacy", "-A", "FORWARD", "-j", "ACCEPT"]);
 
     let agent = host.agent(&FLAGS);
-    until("it is ready", || readiness(&host).0 == 200);
+    agent.until_logged("firewall pending");
+    until("the file is there", || host.subnet_file().exists());
+    until("the route is there", || host.routes() == 1);
+    let (status, words) = readiness(&host);
 
-    let log = agent.log();
-    let words = "this host has rules in iptables-legacy and in iptables-nft";
-    agent.until_logged(words);
-    assert_eq!(times(&agent, words), 1, "{log}");
+    let both = "this host has rules in iptables-legacy (1) and in iptables-nft";
+    assert!(status == 503 && words.contains(&format!("firewall pending: {both}")), "{words}");
+    assert_eq!(times(&agent, both), 1, "{}", agent.log());
+    assert!(host.run(&["iptables-nft", "-S", "FLANNEL-FWD"]).contains("ACCEPT"));
     drop(agent);
     host.run(&["iptables-legacy", "-F", "FORWARD"]);
     let agent = host.daemon(lab::flanneld(), "again", &host.subnet_file(), &FLAGS);
     until("it is ready", || readiness(&host).0 == 200);
-    assert_eq!(times(&agent, words), 0, "{}", agent.log());
+    assert_eq!(times(&agent, "in iptables-legacy"), 0, "{}", agent.log());
+}
+
+#[test]
+fn what_is_not_wanted_needs_no_tool_and_goes_from_the_other_engine_all_the_same() {
+    if !need("iptables-nft") || !need("nft") {
+        return;
+    }
+    let (lab, host) = lab(IPTABLES);
+    let agent = host.agent(&FLAGS);
+    until("it is ready", || readiness(&host).0 == 200);
+    drop(agent);
+    let chains = || host.run(&["nft", "list", "ruleset"]).matches("FLANNEL-").count();
+    assert!(chains() > 0);
+
+    lab.put_config(PREFIX, NFTABLES);
+    let tools = [("iptables-nft", "iptables-nft"), ("iptables-nft-restore", "iptables-nft-restore")];
+    let flags = ["--iptables-forward-rules=false", "--healthz-port=8471"];
+    let agent = agent_of(&host, "bare", &tools, &flags);
+    until("it is ready", || readiness(&host).0 == 200);
+
+    assert_eq!(chains(), 0, "{}", agent.log());
+}
+
+#[test]
+fn a_kernel_without_nat_forwards_all_the_same_where_nobody_asked_to_masquerade() {
+    if !need("iptables-legacy") {
+        return;
+    }
+    let (_lab, host) = lab(IPTABLES);
+    let legacy = lab::run(&["sh", "-c", "command -v iptables-legacy"]);
+    let without_nat = host.directory.join("without-nat");
+    let refusal = "can't initialize iptables table `nat': Table does not exist (do you need to insmod?)";
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *'-t nat'*) echo \"{}\" >&2; exit 3;; esac\nexec {} \"$@\"\n",
+        refusal.replace('`', "\\`"),
+        legacy.trim()
+    );
+    fs::write(&without_nat, script).unwrap();
+    fs::set_permissions(&without_nat, PermissionsExt::from_mode(0o755)).unwrap();
+    let without_nat = without_nat.display().to_string();
+    let tools = [("iptables", without_nat.as_str()), ("iptables-restore", "iptables-legacy-restore")];
+
+    let agent = agent_of(&host, "plain", &tools, &["--healthz-port=8471"]);
+    until("it is ready", || readiness(&host).0 == 200);
+    assert!(host.run(&["iptables-legacy", "-S", "FLANNEL-FWD"]).contains("ACCEPT"), "{}", agent.log());
+    drop(agent);
+
+    let agent = agent_of(&host, "masquerading", &tools, &FLAGS);
+    agent.until_logged("firewall pending");
+    assert!(readiness(&host).1.contains("masquerading needs NAT"), "{}", readiness(&host).1);
 }
 
 #[test]

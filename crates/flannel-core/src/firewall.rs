@@ -176,6 +176,11 @@ impl Ruleset {
         Self { network: self.network, former: self.former.clone(), chains: chains.collect() }
     }
 
+    /// Whether there is no rule in it.
+    pub fn is_empty(&self) -> bool {
+        self.chains.iter().all(|chain| chain.rules.is_empty())
+    }
+
     /// The same for an engine that cannot pick ports at random.
     pub fn without_random_fully(&self) -> Self {
         let mut plain = self.clone();

@@ -8,6 +8,7 @@
 //! ```
 //!
 //! The new rules come before the old ones go: at no moment would a packet meet none.
+//! While something is wrong beside rules that stand, each call says so.
 //! x_tables tell nothing: rules there are looked at by the clock, and when firewalld
 //! says that it was there.
 
@@ -177,12 +178,18 @@ impl Firewall for LinuxFirewall {
             Engine::Iptables(iptables) => iptables.ensure(rules).await,
             Engine::Nftables(nftables) => nftables.ensure(rules).await,
         };
+        let ensured = match ensured {
+            // Nothing to make stand, and nothing to do it with.
+            Err(HostError::Missing { .. }) if rules.is_empty() => Ok(Ensured::Unchanged),
+            ensured => ensured,
+        };
+        let mut swept = Ok(());
         if ensured.is_ok() {
             let on_nft = match &self.engine {
                 Engine::Iptables(iptables) => iptables.is_told(),
                 Engine::Nftables(_) => None,
             };
-            self.leftovers.sweep(rules, on_nft).await;
+            swept = self.leftovers.sweep(rules, on_nft).await;
             let iptables = match &self.engine {
                 Engine::Iptables(iptables) => Some(iptables.program()),
                 Engine::Nftables(_) => None,
@@ -191,7 +198,7 @@ impl Firewall for LinuxFirewall {
         }
         self.listen(rules);
         self.rests_until = Instant::now() + began.elapsed() * (SHARE - 1);
-        ensured
+        swept.and(ensured)
     }
 
     async fn changed(&mut self) {

@@ -494,11 +494,9 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         }
         let aspect = match &result {
             Ok(_) => Aspect::Good,
-            // Nothing to install and nothing to install it with is as it should be.
-            Err(HostError::Missing { .. }) if self.parts.options.wanted.nothing() => Aspect::Good,
             Err(error) => Aspect::Pending(format!("firewall pending: {}", chain(error))),
         };
-        self.said.rules(&result, &aspect);
+        self.said.rules(&result);
         self.parts.status.send_modify(|status| status.rules = aspect);
     }
 

@@ -189,9 +189,12 @@ impl Programs {
         let (mut writes, mut texts, mut above) = (0, String::new(), None);
         for chain in &rules.chains {
             let listed = match self.list(chain.purpose) {
-                // Only beside Docker from 28 on it is needed, which would not start without it.
-                Err(HostError::Missing { missing, .. }) if chain.purpose == Purpose::Admit => {
-                    debug!(missing, "there is no raw table");
+                // A kernel without the table has nothing of ours in it. And the raw table is needed only
+                // beside Docker from 28 on, which would not start without it.
+                Err(HostError::Missing { missing, .. })
+                    if chain.rules.is_empty() || chain.purpose == Purpose::Admit =>
+                {
+                    debug!(missing, table = chain.purpose.table(), "the table is not there");
                     continue;
                 }
                 listed => listed?,

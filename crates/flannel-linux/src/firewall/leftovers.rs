@@ -1,5 +1,8 @@
 //! What we, or a Go flanneld, have left in an engine that we do not use now.
 //!
+//! What does not go is told as an error though our rules stand, and so are rules of
+//! others in both kinds of iptables, since a packet has to pass both.
+//!
 //! An engine is only asked if its tools are on this host and the kernel has
 //! tables of its kind: asking iptables-legacy would make some. What is not
 //! there has nothing to clear away, so a missing tool is no error.
@@ -18,18 +21,18 @@ use std::time::Duration;
 
 use flannel_core::chain::chain;
 use flannel_core::firewall::Ruleset;
-use flannel_core::host::{Ensured, Firewall};
+use flannel_core::host::{Ensured, Firewall, HostError};
 use flannel_core::network::FirewallEngine;
 use ipnetwork::IpNetwork;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use super::generation::generation;
 use super::iptables::{Family, IptablesFirewall};
 use super::nftables::NftablesFirewall;
 use super::program::blocking;
 
-/// Between attempts to clear away what does not go.
+/// Between looks at what is not as it should be.
 const AGAIN: Duration = Duration::from_secs(60);
 
 /// Both kinds of iptables on this host, and whether they have been asked.
@@ -39,10 +42,23 @@ pub(super) struct Leftovers {
     family: Family,
     /// The networks whose rules were cleared away.
     swept: Option<Vec<IpNetwork>>,
-    /// When what could not be cleared away is tried again.
+    /// When it is looked again whether something is wrong.
     again: Option<Instant>,
-    /// Whether rules in both kinds of iptables were looked for.
-    compared: bool,
+    /// What was wrong when it was last looked.
+    wrong: Option<Wrong>,
+}
+
+/// What is not as it should be beside our rules.
+#[derive(Clone, Debug)]
+struct Wrong {
+    what: String,
+    why: String,
+}
+
+impl Wrong {
+    fn error(&self) -> HostError {
+        HostError::Broken { operation: self.what.clone(), source: self.why.clone().into() }
+    }
 }
 
 /// One kind of iptables.
@@ -81,21 +97,40 @@ pub(super) fn legacy_kind(family: Family) -> Kind {
 
 impl Leftovers {
     pub(super) fn new(engine: FirewallEngine, family: Family) -> Self {
-        Self { engine, family, swept: None, again: None, compared: false }
+        Self { engine, family, swept: None, again: None, wrong: None }
     }
 
     /// Clears away what the other engines hold of these networks, once; `on_nft`
     /// tells of which kind the iptables in use is.
-    pub(super) async fn sweep(&mut self, rules: &Ruleset, on_nft: Option<bool>) {
+    ///
+    /// # Errors
+    /// Something of ours does not go, or there are rules in both kinds of iptables;
+    /// it is looked at again after a while.
+    pub(super) async fn sweep(&mut self, rules: &Ruleset, on_nft: Option<bool>) -> Result<(), HostError> {
         let networks: Vec<IpNetwork> =
             [rules.network].into_iter().chain(rules.former.iter().copied()).collect();
         let is_swept = |swept: &Vec<IpNetwork>| networks.iter().all(|network| swept.contains(network));
-        if self.swept.as_ref().is_some_and(is_swept) || self.again.is_some_and(|again| Instant::now() < again)
-        {
-            return;
+        let is_swept = self.swept.as_ref().is_some_and(is_swept);
+        if is_swept && self.wrong.is_none() {
+            return Ok(());
         }
-        let nothing = rules.without_rules();
-        let mut all = true;
+        if self.again.is_none_or(|again| again <= Instant::now()) {
+            let cleared = if is_swept { Ok(()) } else { self.clear(&rules.without_rules(), on_nft).await };
+            if cleared.is_ok() {
+                self.swept = Some(networks);
+            }
+            self.wrong = match cleared {
+                Ok(()) => self.both().await,
+                Err(wrong) => Some(wrong),
+            };
+            self.again = self.wrong.is_some().then(|| Instant::now() + AGAIN);
+        }
+        self.wrong.as_ref().map_or(Ok(()), |wrong| Err(wrong.error()))
+    }
+
+    /// Has the other engines hold nothing of ours; the first of what does not go.
+    async fn clear(&self, nothing: &Ruleset, on_nft: Option<bool>) -> Result<(), Wrong> {
+        let mut all = Ok(());
         let iptables = self.engine == FirewallEngine::Iptables;
         let (legacy, nft) = (legacy_kind(self.family), nft_kind(self.family));
         if !(iptables && on_nft == Some(false))
@@ -103,7 +138,7 @@ impl Leftovers {
             && is_installed(legacy.program)
         {
             let mut firewall = IptablesFirewall::with_programs(legacy.program, legacy.restorer);
-            all &= clear(&mut firewall, &nothing, legacy.program).await;
+            all = all.and(clear(&mut firewall, nothing, legacy.program).await);
         }
         // Where they have no names of their own, there is one kind.
         let plain = IptablesFirewall::new(self.family);
@@ -112,29 +147,22 @@ impl Leftovers {
             && !is_installed(nft.program)
             && is_installed(plain.program())
         {
-            all &= clear(&mut plain.clone(), &nothing, plain.program()).await;
+            all = all.and(clear(&mut plain.clone(), nothing, plain.program()).await);
         }
         if has_nf_tables() {
             if !(iptables && on_nft == Some(true)) && is_installed(nft.program) {
                 let mut firewall = IptablesFirewall::with_programs(nft.program, nft.restorer);
-                all &= clear(&mut firewall, &nothing, nft.program).await;
+                all = all.and(clear(&mut firewall, nothing, nft.program).await);
             }
             if iptables && is_installed("nft") {
-                all &= clear(&mut NftablesFirewall::default(), &nothing, "nft").await;
+                all = all.and(clear(&mut NftablesFirewall::default(), nothing, "nft").await);
             }
         }
-        if !std::mem::replace(&mut self.compared, true) {
-            self.warn_of_both().await;
-        }
-        if all {
-            (self.swept, self.again) = (Some(networks), None);
-        } else {
-            self.again = Some(Instant::now() + AGAIN);
-        }
+        all
     }
 
     /// A packet has to pass the rules of both kinds, whichever of them somebody looks at.
-    async fn warn_of_both(&self) {
+    async fn both(&self) -> Option<Wrong> {
         let family = self.family;
         let counted = blocking(move || {
             let (legacy, nft) = (legacy_kind(family), nft_kind(family));
@@ -144,36 +172,36 @@ impl Leftovers {
             }
             Ok((count(legacy.saver), count(nft.saver)))
         });
-        let Ok((legacy, nft)) = counted.await else { return };
-        if legacy > 0 && nft > 0 {
-            warn!(
-                iptables_legacy = legacy,
-                iptables_nft = nft,
-                "this host has rules in iptables-legacy and in iptables-nft, and a packet has to pass both; keep to one \
-                 kind (update-alternatives --config iptables) and clear away the other's (`iptables-legacy-save`, \
-                 `iptables-nft-save` show them)"
-            );
-        }
+        let (legacy, nft) = counted.await.ok()?;
+        (legacy > 0 && nft > 0).then(|| Wrong {
+            what: format!(
+                "this host has rules in iptables-legacy ({legacy}) and in iptables-nft ({nft}), and a packet has to pass both"
+            ),
+            why: "keep to one kind (update-alternatives --config iptables) and clear away the other's \
+                  (`iptables-legacy-save`, `iptables-nft-save` show them)"
+                .into(),
+        })
     }
 }
 
-/// Has an engine hold nothing of ours; whether it does.
-async fn clear(firewall: &mut impl Firewall, nothing: &Ruleset, program: &str) -> bool {
+/// Has an engine hold nothing of ours.
+async fn clear(firewall: &mut impl Firewall, nothing: &Ruleset, program: &str) -> Result<(), Wrong> {
     match firewall.ensure(nothing).await {
         Ok(Ensured::Written) => {
             info!(program, network = %nothing.network, "rules that we no longer use were cleared away");
-            true
+            Ok(())
         }
-        Ok(Ensured::Unchanged) => true,
-        Err(error) => {
-            debug!(program, error = %chain(&error), "cannot clear away rules that we no longer use");
-            false
-        }
+        // What is not there holds nothing.
+        Ok(Ensured::Unchanged) | Err(HostError::Missing { .. }) => Ok(()),
+        Err(error) => Err(Wrong {
+            what: format!("rules that we no longer use may still stand in {program}"),
+            why: chain(&error),
+        }),
     }
 }
 
 /// Whether x_tables hold any table in this network namespace.
-fn has_legacy_tables(family: Family) -> bool {
+pub(super) fn has_legacy_tables(family: Family) -> bool {
     let file = match family {
         Family::Ipv4 => "/proc/thread-self/net/ip_tables_names",
         Family::Ipv6 => "/proc/thread-self/net/ip6_tables_names",
@@ -186,7 +214,7 @@ fn has_nf_tables() -> bool {
     generation().is_ok_and(|generation| generation > 1)
 }
 
-fn is_installed(program: &str) -> bool {
+pub(super) fn is_installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|directory: PathBuf| directory.join(program).is_file())
 }

@@ -16,7 +16,6 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::Fight;
-use crate::health::Aspect;
 use crate::reconcile::{Outcome, Planned, Seen};
 use crate::state_dir::StateError;
 use crate::subnet_file::{SubnetFile, SubnetFileError};
@@ -306,15 +305,15 @@ impl Said {
         }
     }
 
-    pub(super) fn rules(&mut self, result: &Result<Ensured, HostError>, aspect: &Aspect) {
-        match (result, aspect) {
-            (Err(error), Aspect::Pending(_)) => {
+    pub(super) fn rules(&mut self, result: &Result<Ensured, HostError>) {
+        match result {
+            Err(error) => {
                 let error = chain(error);
                 if is_new(&mut self.rules, &error) {
                     error!(%error, "firewall pending; trying again");
                 }
             }
-            (Ok(Ensured::Written), _) => {
+            Ok(Ensured::Written) => {
                 self.rules = None;
                 match &mut self.rules_written {
                     Some((told, untold)) if told.elapsed() < RULES_AGAIN => {
@@ -334,8 +333,8 @@ impl Said {
                     }
                 }
             }
-            _ if self.rules.take().is_some() => info!("traffic rules stand again"),
-            _ => {}
+            Ok(Ensured::Unchanged) if self.rules.take().is_some() => info!("traffic rules stand again"),
+            Ok(Ensured::Unchanged) => {}
         }
     }
 
