@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "the whole target is tests")]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_core::lease::{HostIdentity, Tenure};
@@ -133,6 +134,43 @@ async fn a_lease_that_is_not_certainly_ours_is_not_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_lease_whose_record_becomes_another_s_meanwhile_is_not_given_back() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    store(&client).acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let held = store(&client).acquire(&config(), &host(2), Some(subnet(8))).await.unwrap();
+    let store = store(&client);
+    // What stands there, and then the deletion.
+    client.fates([PROMPT, Fate::Answered(Duration::from_secs(1), Duration::ZERO)]);
+    let giving_back = tokio::spawn(async move { store.give_back(&held, subnet(7)).await });
+
+    sleep(Duration::from_millis(500)).await;
+    let theirs = r#"{"HostID":"b","BootID":"boot-1","Hostname":"b","PublicIP":"192.168.0.1"}"#;
+    etcd.bend(&record_key(7), theirs.as_bytes());
+    giving_back.await.unwrap().unwrap();
+
+    assert_eq!(keys(&etcd), [record_key(7), record_key(8), key(7), key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_that_goes_with_its_lease_is_no_answer() {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let twin = store_of(&other, machine("b", "boot-1"));
+    let theirs = twin.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    let store = store(&client);
+    let acquiring = tokio::spawn(async move { store.acquire(&config(), &host(1), None).await });
+
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(keys(&etcd).len(), 3, "it asks");
+    etcd.revoke(theirs.handle);
+    let held = acquiring.await.unwrap().unwrap();
+
+    assert_eq!(keys(&etcd).len(), 2);
+    assert_ne!(held.handle, theirs.handle);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_host_that_moves_to_the_address_of_one_that_lives_does_not_publish_it() {
     let etcd = SimEtcd::start();
     let (client, other) = (etcd.client(1), etcd.client(2));
@@ -222,7 +260,9 @@ async fn the_lease_of_a_host_that_died_while_it_waited_for_another_address_goes_
     store(&client).publish(&held, &host(2)).await.unwrap_err();
 
     let moved = neighbour.publish(&theirs, &host(1)).await.unwrap();
-    neighbour.give_back(&moved, subnet(8)).await.unwrap();
+    for _ in 0..2 {
+        neighbour.give_back(&moved, subnet(8)).await.unwrap();
+    }
     let soon = keys(&etcd);
     sleep(Duration::from_secs(3600)).await;
     neighbour.give_back(&moved, subnet(8)).await.unwrap();
@@ -447,6 +487,23 @@ async fn a_record_that_somebody_deletes_is_back_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_record_of_ours_comes_beside_the_lease_of_another() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let _answering = tokio::spawn(store.hold(&held));
+    sleep(Duration::from_secs(1)).await;
+
+    // As a Go flanneld has it, which knows no records.
+    etcd.bend(&key(8), host(2).to_json().as_bytes());
+    etcd.delete(&record_key(8));
+    sleep(Duration::from_secs(10)).await;
+
+    assert_eq!(keys(&etcd), [key(8)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_written_without_an_answer_is_known_for_ours_though_its_record_is_gone() {
     let etcd = SimEtcd::start();
     let client = etcd.client(1);
@@ -484,6 +541,32 @@ async fn a_user_who_may_do_nothing_for_a_while_does_not_do_without_records_later
 
     let lost = timeout(Duration::from_secs(10), holding).await.expect("it is noticed").unwrap();
     assert!(matches!(&lost, StoreError::Lost { subnet: ours, .. } if *ours == subnet(8)), "{lost}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_user_who_may_do_nothing_for_a_moment_goes_on_with_records() {
+    // Until after the first request, and until before one that would be without records.
+    for (refused, until) in [(false, 1500), (true, 2500)] {
+        let etcd = SimEtcd::start();
+        let client = etcd.client(1);
+        let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+        let store = Arc::new(store(&client));
+        let each_in_a_second = Fate::Answered(Duration::from_secs(1), Duration::ZERO);
+        client.fates([each_in_a_second; 10]);
+        client.denied(true);
+        let publishing = tokio::spawn({
+            let (store, held) = (store.clone(), held.clone());
+            async move { store.publish(&held, &host(1)).await }
+        });
+        sleep(Duration::from_millis(until)).await;
+        client.denied(false);
+        assert_eq!(publishing.await.unwrap().is_err(), refused);
+        etcd.delete(&record_key(8));
+
+        store.publish(&held, &host(1)).await.unwrap();
+
+        assert_eq!(keys(&etcd), [record_key(8), key(8)]);
+    }
 }
 
 #[tokio::test(start_paused = true)]
