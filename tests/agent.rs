@@ -572,7 +572,24 @@ async fn a_lease_that_somebody_keeps_giving_another_address_is_put_right_but_not
         .unwrap();
     tokio::time::sleep(10 * MINUTE).await;
 
-    assert_eq!(host.store.inner().writes, writes + 3);
+    // And after a minute, two and four of silence.
+    assert_eq!(host.store.inner().writes, writes + 3 + 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_somebody_kept_writing_to_is_put_right_once_they_are_quiet() {
+    let mut host = Host::in_sync().await;
+    for mac in 0..4 {
+        host.store.put(peer(1, 0x70 + mac, 1));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert!(host.not_ready().await.contains("somebody keeps writing"));
+    let began = Instant::now();
+
+    host.ready().await;
+
+    assert!(began.elapsed() < 2 * MINUTE, "{:?}", began.elapsed());
+    assert_eq!(host.store.inner().leases[&subnet(1)], peer(1, 1, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -1214,6 +1231,38 @@ async fn what_is_remembered_is_gone_by_until_the_store_answers() {
     host.until_holding("dst 192.168.0.9").await;
     assert!(!host.holds("route 10.5.2.0/24"));
     assert_eq!(host.store.inner().writes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_there_is_no_config_for_us_there_is_nobody_s_lease_for_us_either() {
+    // As under a prefix with a letter too few.
+    let store = MemoryStore::default();
+    store.inner().bare = true;
+    let host = booted(&store);
+    host.until_holding("route 10.5.3.0/24").await;
+
+    host.store.inner().away = false;
+    host.store.relist();
+    tokio::time::sleep(10 * MINUTE).await;
+
+    assert!(host.holds("route 10.5.2.0/24") && host.holds("route 10.5.3.0/24"));
+    assert_eq!(host.store.inner().writes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_file_that_somebody_removed_or_changed_is_put_back() {
+    let host = Host::in_sync().await;
+    let file = host.file().unwrap();
+    let path = host.directory.path().join("flannel/subnet.env");
+
+    for spoil in [None, Some("FLANNEL_SUBNET=10.9.9.1/24\n")] {
+        match spoil {
+            Some(text) => std::fs::write(&path, text).unwrap(),
+            None => std::fs::remove_file(&path).unwrap(),
+        }
+        tokio::time::sleep(2 * MINUTE).await;
+        assert_eq!(host.file().as_ref(), Some(&file));
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -22,6 +22,8 @@ pub struct Leases {
     pub taken_over: BTreeMap<Subnet, String>,
     /// Whether it answers.
     pub away: bool,
+    /// There is no network config.
+    pub bare: bool,
     /// How often a lease was renewed.
     pub renewals: usize,
     /// How often it was asked for a list.
@@ -147,7 +149,12 @@ impl LeaseStore for MemoryStore {
     }
 
     async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
-        if self.inner().away { Err(unreachable()) } else { Ok(crate::build::config(crate::build::VXLAN)) }
+        let Leases { away, bare, .. } = *self.inner();
+        match (away, bare) {
+            (true, _) => Err(unreachable()),
+            (false, true) => Err(StoreError::NoConfig { key: self.config_key() }),
+            (false, false) => Ok(crate::build::config(crate::build::VXLAN)),
+        }
     }
 
     async fn acquire(

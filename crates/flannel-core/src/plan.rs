@@ -13,8 +13,10 @@
 //! lease came first. A subnet that the network config could hand out (of
 //! `SubnetLen`, from `SubnetMin` to `SubnetMax`) goes before one that it could
 //! not, so that no lease of half the network takes the hosts in there away. Of
-//! two alike the lower goes first, and one of IPv4 alone before one of both
-//! families. Whoever comes after another one that claims the same is skipped.
+//! two alike a lease that somebody keeps alive goes before a reservation: a hand
+//! may write anything, and what it writes stays. Then the lower goes first, and one
+//! of IPv4 alone before one of both families. Whoever comes after another one that
+//! claims the same is skipped.
 //!
 //! The answer depends on the two and on nobody else. One that is skipped claims
 //! no less for it, or a third could turn all answers around. But one that the
@@ -40,7 +42,7 @@
 use std::collections::BTreeSet;
 
 use crate::backend::{Backend, Node};
-use crate::lease::{BackendData, Lease, Subnet};
+use crate::lease::{BackendData, Lease, Subnet, Tenure};
 use crate::state::{HostState, Nexthop, NexthopId, Object, RouteKey};
 use crate::view::{Change, LeaseView};
 
@@ -290,7 +292,7 @@ impl Planner {
 
     fn rank(&self, peer: &Lease) -> Rank {
         let standing = if self.node.hands_out(peer.subnet) { Standing::Regular } else { Standing::Odd };
-        Rank { standing, subnet: peer.subnet }
+        Rank { standing, is_reserved: peer.tenure == Tenure::Reserved, subnet: peer.subnet }
     }
 
     /// What a peer wants and claims.

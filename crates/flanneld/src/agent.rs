@@ -141,6 +141,8 @@ enum Input {
     Listed(Instant, Result<Snapshot, StoreError>),
     Rules(Result<Ensured, HostError>),
     Remembered(Result<(), StateError>),
+    /// The network config is the one we remembered.
+    ConfigStands,
     /// The network config is not the one we remembered.
     Reconfigured,
 }
@@ -215,6 +217,10 @@ pub struct Agent<S, N, F> {
     rewrites_left: u32,
     /// Whether somebody else keeps writing to our lease.
     disputed: bool,
+    /// When it was last written by somebody else.
+    overwritten: Option<Instant>,
+    /// How often it was put right after they had been quiet.
+    truces: u32,
     /// A subnet that we had to give up.
     former: Option<Subnet>,
     /// The interface that has an address of our subnet: docker's bridge.
@@ -265,6 +271,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             node_stands: false,
             rewrites_left: REWRITES,
             disputed: false,
+            overwritten: None,
+            truces: 0,
             former: None,
             bridge: None,
             written: None,
@@ -299,8 +307,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             self.recall().await;
         } else {
             self.stand_by();
+            self.spawn_pump();
         }
-        self.spawn_pump();
         self.spawn_rules();
         let audits = self.parts.options.audit_interval;
         let mut audit = tokio::time::interval_at(Instant::now() + audits, audits);
@@ -313,11 +321,15 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 biased;
                 () = at(renewal.map(Instant::from_std)) => self.renew(),
                 () = at(file_due) => self.write_file(),
+                () = at(self.truce_over()) => self.end_truce(),
                 () = at(self.question_due()) => self.ask_store(),
                 () = at(self.retry) => self.try_once_more().await,
                 () = at(self.note.due()) => self.remember(),
                 () = at(Some(self.breath).filter(|_| self.asked.is_some())) => self.needs(Need::Compare),
-                _ = audit.tick() => self.needs(Need::Compare),
+                _ = audit.tick() => {
+                    self.needs(Need::Compare);
+                    self.file_due.get_or_insert_with(Instant::now);
+                }
                 Some(ended) = self.tasks.join_next() => pass_on_panic(ended),
                 // And the cluster before the kernel: others could change things there without end.
                 Some(input) = self.inputs.1.recv() => self.take(input).await,
@@ -354,6 +366,8 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             }
             Input::Rules(result) => self.take_rules(result),
             Input::Remembered(result) => self.take_remembered(result),
+            // Only now: where there is no config for us, there is nobody's lease for us either.
+            Input::ConfigStands => self.spawn_pump(),
             Input::Reconfigured => self.reconfigured = true,
         }
     }
@@ -369,9 +383,13 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 self.parts.reconciler.trust_kernel(false);
             }
             LeaseEvent::Unreadable(key) => self.said.unreadable(key),
-            LeaseEvent::Put(Lease { subnet, .. }) | LeaseEvent::Removed(subnet) => {
-                self.said.readable(*subnet)
+            LeaseEvent::Put(Lease { subnet, attrs, .. }) => {
+                if *subnet == self.own() && *attrs != self.parts.held.lease.attrs {
+                    self.overwritten = Some(Instant::now());
+                }
+                self.said.readable(*subnet);
             }
+            LeaseEvent::Removed(subnet) => self.said.readable(*subnet),
             LeaseEvent::RemovedTogether(subnets) => {
                 subnets.iter().for_each(|subnet| self.said.readable(*subnet));
             }
@@ -637,7 +655,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             masquerade: self.parts.options.wanted.masquerade,
         };
         let result = self.parts.file.write(&env.to_string());
-        self.said.file(&result, &self.parts.file, &env);
+        self.said.file(&result, &self.parts.file, &env, self.written.as_ref());
         match result {
             Ok(_) => {
                 self.file_due = None;

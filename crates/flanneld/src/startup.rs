@@ -339,14 +339,14 @@ async fn recall_place<N: Network>(
         let was = held.lease.attrs.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED);
         warn!(
             %was, is = %ground.underlay.public_ip,
-            "etcd does not answer, and what this host remembers of the network is from another address; waiting for etcd"
+            "etcd has given no network config yet, and what this host remembers of the network is from another address; waiting for etcd"
         );
         return Ok(None);
     }
     held.lease.attrs = attrs;
     warn!(
         subnet = %held.lease.subnet, peers = peers.len(), age_s = age,
-        "etcd does not answer; going by what this host remembers of the network until it does"
+        "etcd has given no network config yet; going by what this host remembers of the network until it does"
     );
     Ok(Some((ground.place(config, backend, held), Some(peers))))
 }

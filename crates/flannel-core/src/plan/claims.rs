@@ -47,6 +47,8 @@ pub(super) enum Standing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
     pub(super) standing: Standing,
+    /// Whether nobody has to be alive for the lease to stay.
+    pub(super) is_reserved: bool,
     pub(super) subnet: Subnet,
 }
 
@@ -173,7 +175,7 @@ impl Claimed {
 impl Rank {
     /// Nobody goes before it.
     const FIRST: Self = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
-        Some(least) => Self { standing: Standing::Regular, subnet: Subnet::V4(least) },
+        Some(least) => Self { standing: Standing::Regular, is_reserved: false, subnet: Subnet::V4(least) },
         None => panic!("0 is a valid prefix length"),
     };
     /// Nobody comes after it.
@@ -181,7 +183,9 @@ impl Rank {
         let v4 = Ipv4Network::new_checked(Ipv4Addr::BROADCAST, 32);
         let v6 = Ipv6Network::new_checked(Ipv6Addr::from_bits(u128::MAX), 128);
         match (v4, v6) {
-            (Some(v4), Some(v6)) => Self { standing: Standing::Odd, subnet: Subnet::Dual(v4, v6) },
+            (Some(v4), Some(v6)) => {
+                Self { standing: Standing::Odd, is_reserved: true, subnet: Subnet::Dual(v4, v6) }
+            }
             _ => panic!("32 and 128 are valid prefix lengths"),
         }
     };

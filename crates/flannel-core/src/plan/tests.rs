@@ -149,6 +149,8 @@ enum Form {
     /// With a member that we do not know.
     Newer,
     OtherBackend,
+    /// A reservation.
+    Reserved,
 }
 
 /// The lease of the host with that MAC at that address.
@@ -160,7 +162,8 @@ fn peer_as(kind: &str, of: &str, mac: u8, host: u8, form: Form) -> Lease {
         _ => String::new(),
     };
     let value = format!(r#"{{"PublicIP":"192.168.0.{host}","BackendType":"{kind}"{data}}}"#);
-    Lease { subnet: subnet(of), attrs: LeaseAttrs::from_json(&value).unwrap(), tenure: Tenure::Leased }
+    let tenure = if matches!(form, Form::Reserved) { Tenure::Reserved } else { Tenure::Leased };
+    Lease { subnet: subnet(of), attrs: LeaseAttrs::from_json(&value).unwrap(), tenure }
 }
 
 fn peer(of: &str, mac: u8, host: u8) -> Lease {
@@ -216,6 +219,23 @@ fn of_two_that_the_config_does_not_hand_out_the_lower_goes_first() {
         [
             "10.5.4.0/25: its subnet overlaps 10.5.4.0/23, which goes before it",
             "10.5.5.128/25: its subnet overlaps 10.5.4.0/23, which goes before it",
+        ]
+    );
+}
+
+#[test]
+fn what_a_hand_has_written_takes_nothing_from_a_host_that_keeps_its_lease_alive() {
+    let hand = |of: &str, mac, host| peer_as("vxlan", of, mac, host, Form::Reserved);
+
+    let (routes, skipped) =
+        outcome(&[hand("10.5.3.0/24", 7, 2), hand("10.5.4.0/24", 2, 8), peer("10.5.9.0/24", 2, 2)]);
+
+    assert_eq!(routes, ["10.5.9.0/24"]);
+    assert_eq!(
+        skipped,
+        [
+            "10.5.3.0/24: its public address 192.168.0.2 is that of 10.5.9.0/24",
+            "10.5.4.0/24: its VtepMAC 0e:00:00:00:00:02 is that of 10.5.9.0/24",
         ]
     );
 }
@@ -366,7 +386,9 @@ fn disputes(one: &Lease, other: &Lease) -> bool {
 }
 
 fn goes_before(one: &Lease, other: &Lease) -> bool {
-    let rank = |lease: &Lease| (lease.subnet.v4().unwrap().prefix() != 24, lease.subnet);
+    let rank = |lease: &Lease| {
+        (lease.subnet.v4().unwrap().prefix() != 24, lease.tenure == Tenure::Reserved, lease.subnet)
+    };
     rank(one) < rank(other)
 }
 
@@ -377,7 +399,7 @@ enum Event {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let form = prop_oneof![6 => Just(Form::Usual), 1 => Just(Form::Newer), 1 => Just(Form::OtherBackend)];
+    let form = prop_oneof![6 => Just(Form::Usual), 1 => Just(Form::Newer), 1 => Just(Form::OtherBackend), 2 => Just(Form::Reserved)];
     prop_oneof![
         3 => (prop::sample::select(&SUBNETS), 2u8..6, 2u8..6, form).prop_map(|(of, mac, host, form)| {
             // Half of the hosts are on our own network.

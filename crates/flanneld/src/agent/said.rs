@@ -49,8 +49,10 @@ pub(super) struct Said {
     in_sync: bool,
     renewal: Option<String>,
     rules: Option<String>,
-    /// When that rules were written was last told, and how often it was not since.
-    rules_written: Option<(Instant, usize)>,
+    /// Whether the rules have stood before: then it is somebody else who has changed them.
+    rules_stood: bool,
+    /// When it was last told that rules were put right, and how often it was not since.
+    rules_put_right: Option<(Instant, usize)>,
     file: Option<String>,
     note: Option<String>,
 }
@@ -313,28 +315,46 @@ impl Said {
                     error!(%error, "firewall pending; trying again");
                 }
             }
-            Ok(Ensured::Written) => {
-                self.rules = None;
-                match &mut self.rules_written {
-                    Some((told, untold)) if told.elapsed() < RULES_AGAIN => {
-                        *untold += 1;
-                        debug!("traffic rules written again");
-                    }
-                    Some((_, untold @ 1..)) => {
-                        info!(
-                            times = *untold + 1,
-                            "traffic rules written again and again: somebody keeps changing them"
-                        );
-                        self.rules_written = Some((Instant::now(), 0));
-                    }
-                    _ => {
-                        info!("traffic rules written");
-                        self.rules_written = Some((Instant::now(), 0));
-                    }
+            Ok(ensured) => {
+                if self.rules.take().is_some() {
+                    info!("traffic rules stand again");
+                } else if *ensured == Ensured::Written {
+                    self.rules_written();
                 }
+                self.rules_stood = true;
+                self.rules_written_again();
             }
-            Ok(Ensured::Unchanged) if self.rules.take().is_some() => info!("traffic rules stand again"),
-            Ok(Ensured::Unchanged) => {}
+        }
+    }
+
+    fn rules_written(&mut self) {
+        match (self.rules_stood, &mut self.rules_put_right) {
+            (false, _) => info!("traffic rules written"),
+            (true, Some((_, untold))) => {
+                *untold += 1;
+                debug!("traffic rules put right again");
+            }
+            (true, none) => {
+                warn!("traffic rules that somebody had changed or removed were put right");
+                *none = Some((Instant::now(), 0));
+            }
+        }
+    }
+
+    /// From now on other rules are wanted.
+    pub(super) fn other_rules(&mut self) {
+        self.rules_stood = false;
+    }
+
+    /// Tells how often rules were put right, once a while is over in which it was not told.
+    fn rules_written_again(&mut self) {
+        let Some((_, untold)) = self.rules_put_right.take_if(|(told, _)| told.elapsed() >= RULES_AGAIN)
+        else {
+            return;
+        };
+        if untold > 0 {
+            warn!(times = untold, "somebody keeps changing the traffic rules; each time they were put right");
+            self.rules_put_right = Some((Instant::now(), 0));
         }
     }
 
@@ -356,12 +376,20 @@ impl Said {
         result: &Result<bool, SubnetFileError>,
         file: &SubnetFile,
         env: &SubnetEnv,
+        before: Option<&SubnetEnv>,
     ) {
+        let (path, subnet, mtu) = (file.path().display(), env.subnet, env.mtu);
         match result {
             Ok(written) => {
-                self.file = None;
-                let words = if *written { "subnet file written" } else { "subnet file as it should be" };
-                info!(path = %file.path().display(), subnet = %env.subnet, mtu = env.mtu, "{words}");
+                let was_wrong = self.file.take().is_some();
+                match (*written, before == Some(env)) {
+                    (true, true) if !was_wrong => {
+                        warn!(%path, %subnet, mtu, "subnet file put back: somebody had changed or removed it");
+                    }
+                    (true, _) => info!(%path, %subnet, mtu, "subnet file written"),
+                    (false, true) => debug!(%path, "subnet file as it should be"),
+                    (false, false) => info!(%path, %subnet, mtu, "subnet file as it should be"),
+                }
             }
             Err(error) => {
                 let error = chain(error);

@@ -12,6 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use flannel_core::chain::chain;
 use flannel_core::host::{Firewall, Network};
@@ -24,6 +25,10 @@ use tracing::{debug, error, info, warn};
 use super::{Agent, ECHOES, Input, LONGEST_WAIT, Need, REWRITES, Tenancy, now, ruleset};
 use crate::health::Aspect;
 use crate::lease::{Pace, Reconfigured, acquire, network_config};
+
+/// How long whoever kept writing to our lease must have been quiet before it is put right again;
+/// twice as long each time, up to the next renewal.
+const QUIET: Duration = Duration::from_secs(60);
 
 /// Leases of which the store has told.
 #[derive(Debug, Default)]
@@ -106,11 +111,29 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
             let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
             error!(
                 %published,
-                %ours, "somebody keeps writing to our lease: another agent with our public address?"
+                %ours,
+                "somebody keeps writing to our lease: another agent with our public address? It is put right once they \
+                 have been quiet for a while"
             );
-            let pending = "somebody keeps writing other values to our lease".into();
+            let pending = "somebody keeps writing other values to our lease; it is put right once they have been quiet \
+                           for a while"
+                .into();
             self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+            self.overwritten.get_or_insert_with(Instant::now);
         }
+    }
+
+    /// When a lease that somebody kept writing to is put right after all, if it is one.
+    pub(super) fn truce_over(&self) -> Option<Instant> {
+        self.overwritten
+            .filter(|_| self.disputed && self.tenancy == Tenancy::Held)
+            .map(|last| last + QUIET * (1 << self.truces.min(6)))
+    }
+
+    /// They have been quiet for long enough.
+    pub(super) fn end_truce(&mut self) {
+        (self.overwritten, self.rewrites_left) = (None, 1);
+        self.truces += 1;
     }
 
     /// Takes note of leases that look like ours and are on another subnet.
@@ -153,13 +176,18 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.tenancy = Tenancy::Confirming;
         self.heard = Heard::default();
         let subnet = self.own();
-        let pending = format!("going by what this host remembers, with {subnet}, until etcd answers");
+        let pending =
+            format!("going by what this host remembers, with {subnet}, until etcd gives a network config");
         self.parts.status.send_modify(|status| status.memory = Aspect::Pending(pending));
         let (store, remembered) = (self.parts.store.clone(), self.parts.config.text.clone());
         let (wanted, status) = (self.wanted.subscribe(), self.parts.status.clone());
+        let inputs = self.inputs.0.clone();
         self.spawn(async move {
             let (config, _) = network_config(&*store, &status).await;
             if config.text != remembered {
+                return Input::Reconfigured;
+            }
+            if inputs.send(Input::ConfigStands).await.is_err() {
                 return Input::Reconfigured;
             }
             match acquire(&*store, &config, wanted, Some(subnet), &status).await {
@@ -180,7 +208,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         match result {
             Ok(expiry) => {
                 self.said.renewed(self.own(), expiry);
-                (self.rewrites_left, self.disputed) = (REWRITES, false);
+                (self.rewrites_left, self.disputed, self.truces) = (REWRITES, false, 0);
                 self.keeper.renewed(expiry, now());
                 self.news();
                 // Whoever answered for one an hour ago may be gone.
@@ -336,6 +364,7 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.rules_seen = false;
         self.file_due = Some(Instant::now());
         self.former = Some(former);
+        self.said.other_rules();
         self.rules.send_replace(ruleset(&self.parts));
         self.needs(Need::Plan);
     }
