@@ -416,6 +416,31 @@ fn rules_of_an_older_flannel_in_our_chain_are_replaced() {
 }
 
 #[test]
+fn a_rule_that_somebody_puts_into_our_chain_goes() {
+    with_both(async |mut host| {
+        host.ensure(&ruleset("10.9.0.0/16", "10.9.1.0/24", ALL)).await;
+        host.ensure(&ours(ALL)).await;
+        let shown =
+            |host: &Host| host.iptables("-t nat -S") + &host.iptables("-S") + &host.iptables("-t raw -S");
+        let before = shown(&host);
+        for rule in [
+            "-I FLANNEL-FWD -j DROP",
+            "-I FLANNEL-FWD -s 10.5.3.0/24 -j REJECT",
+            "-A FLANNEL-FWD -j LOG",
+            "-t nat -I FLANNEL-POSTRTG -s 10.5.1.0/24 -j RETURN",
+            "-t raw -I FLANNEL-ADMIT -d 10.5.86.0/24 -j DROP",
+        ] {
+            host.iptables(rule);
+
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written, "{rule}");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged, "{rule}");
+
+            assert_eq!(shown(&host), before, "{rule}");
+        }
+    });
+}
+
+#[test]
 fn a_restore_that_fails_is_an_error_with_its_own_words() {
     with_both(async |host| {
         // A listing program knows no --noflush.

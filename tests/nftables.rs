@@ -165,6 +165,8 @@ fn whatever_somebody_does_to_the_table_is_put_right() {
             "flush chain ip flannel-ipv4 forward",
             "insert rule ip flannel-ipv4 forward drop",
             "insert rule ip flannel-ipv4 postrtg ip saddr 10.5.0.0/16 accept",
+            "insert rule ip flannel-ipv4 postrtg ip saddr 10.5.1.0/24 return",
+            "insert rule ip flannel-ipv4 forward accept",
             "add chain ip flannel-ipv4 forward { policy drop; }",
             "add chain ip flannel-ipv4 another",
             "add table ip flannel-ipv4 { flags dormant; }",
@@ -172,6 +174,7 @@ fn whatever_somebody_does_to_the_table_is_put_right() {
             netns.run(&format!("nft {words}"));
 
             assert_eq!(firewall.ensure(&ours(ALL)).await.unwrap(), Ensured::Written, "{words}");
+            assert_eq!(firewall.ensure(&ours(ALL)).await.unwrap(), Ensured::Unchanged, "{words}");
             assert_eq!(listed(&netns), before, "{words}");
         }
     });
@@ -425,6 +428,7 @@ fn a_flush_is_heard_of_at_once() {
             "iptables-nft -F",
             "iptables-nft -t nat -F POSTROUTING",
             "iptables-nft -t nat -F FLANNEL-POSTRTG",
+            "iptables-nft -I FLANNEL-FWD -j DROP",
         ] {
             heals(&netns, &mut firewall, words).await;
         }

@@ -11,6 +11,8 @@ use std::fmt;
 use docker::NETWORK_MARK;
 use ipnetwork::IpNetwork;
 
+use crate::claim::{overlap, within};
+
 pub mod docker;
 pub mod iptables;
 pub mod nftables;
@@ -117,12 +119,7 @@ pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<
     let mut masquerading = Chain { purpose: Purpose::Masquerade, rules: vec![] };
     if wanted.masquerade {
         masquerading.rules = vec![
-            Rule {
-                mark: Some((KUBE_PROXY_MARK, KUBE_PROXY_MARK)),
-                source: Match::Any,
-                destination: Match::Any,
-                verdict: Verdict::Return,
-            },
+            left_to_kube_proxy(KUBE_PROXY_MARK),
             rule(ours, cluster, Verdict::Return),
             rule(cluster, ours, Verdict::Return),
             // What came from outside to a container here was let in by somebody; it keeps its source.
@@ -144,6 +141,18 @@ pub fn rules(network: IpNetwork, subnet: IpNetwork, wanted: Wanted, former: Vec<
     Ruleset { network, former, chains: vec![masquerading, forwarding, admitting] }
 }
 
+/// What belongs to all agents of a host: it names nobody's network and stands once.
+pub fn of_all(purpose: Purpose) -> impl Iterator<Item = Rule> {
+    // A Go flanneld looks at the whole mark in nftables.
+    let masks = [KUBE_PROXY_MARK, u32::MAX].into_iter();
+    masks.filter(move |_| purpose == Purpose::Masquerade).map(left_to_kube_proxy)
+}
+
+fn left_to_kube_proxy(mask: u32) -> Rule {
+    let mark = Some((KUBE_PROXY_MARK, mask));
+    Rule { mark, source: Match::Any, destination: Match::Any, verdict: Verdict::Return }
+}
+
 /// What is for many, in the family of a network.
 fn multicast(network: IpNetwork) -> IpNetwork {
     if network.is_ipv4() { "224.0.0.0/4" } else { "ff00::/8" }.parse().expect("both are prefixes")
@@ -163,9 +172,9 @@ impl Rule {
         })
     }
 
-    /// Whether it names nobody's network: such a rule belongs to all agents of a host and stands once.
-    pub fn is_of_all(&self) -> bool {
-        self.prefixes().next().is_none()
+    /// Whether it belongs to all agents of a host and stands once.
+    pub fn is_of_all(&self, purpose: Purpose) -> bool {
+        of_all(purpose).any(|rule| rule == *self)
     }
 }
 
@@ -192,12 +201,31 @@ impl Ruleset {
         plain
     }
 
-    /// Whether a rule, given by the prefixes it names, is one of ours.
+    /// What another agent may have in a chain of ours, if these are the prefixes that its rule names.
     ///
-    /// Another agent with another network may share our chains.
-    pub fn owns(&self, mut prefixes: impl Iterator<Item = IpNetwork>) -> bool {
-        prefixes.any(|prefix| prefix == self.network || self.former.contains(&prefix))
+    /// It has one network, apart from ours, and a subnet of that. A rule of any other
+    /// shape somebody has put there, and it may stand in the way of ours.
+    pub fn of_another(&self, purpose: Purpose, prefixes: &[IpNetwork]) -> impl Iterator<Item = Rule> {
+        let is_theirs = |network| !overlap(network, self.network) && !self.former.contains(&network);
+        let networks = prefixes.iter().copied().filter(move |network| is_theirs(*network));
+        let pairs = networks.flat_map(|network| prefixes.iter().map(move |subnet| (network, *subnet)));
+        pairs
+            .filter(|(network, subnet)| within(*network, *subnet))
+            .flat_map(move |(network, subnet)| of_any_flannel(purpose, network, subnet))
     }
+}
+
+/// What a flannel with that network and subnet may have in a chain, whatever its options.
+fn of_any_flannel(purpose: Purpose, network: IpNetwork, subnet: IpNetwork) -> impl Iterator<Item = Rule> {
+    let chains = [true, false].into_iter().flat_map(move |random_fully| {
+        rules(network, subnet, Wanted { masquerade: true, random_fully, forward: true }, vec![]).chains
+    });
+    // As a Go flanneld of 0.28 has it in nftables: what comes from other hosts' pods as well.
+    let (source, destination) = (Match::NotIn(subnet), Match::In(network));
+    let of_go = Rule { mark: None, source, destination, verdict: Verdict::Return };
+    let of_go = (purpose == Purpose::Masquerade).then_some(of_go);
+    let of_ours = chains.filter(move |chain| chain.purpose == purpose).flat_map(|chain| chain.rules);
+    of_ours.filter(move |rule| !rule.is_of_all(purpose)).chain(of_go)
 }
 
 impl fmt::Display for Ruleset {

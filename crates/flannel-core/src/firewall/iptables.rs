@@ -2,8 +2,8 @@
 //! takes them so, and comparing the two as text is sound.
 //!
 //! Another agent with another network may run on this host and use the same
-//! chains. So a chain is not rewritten blindly: rules that name a network of
-//! ours are ours, the others keep their place in front.
+//! chains. So a chain is not rewritten blindly: what such an agent writes keeps its
+//! place in front. Whatever else is in there goes: it could only shadow ours.
 //!
 //! Our jump stands before the first rule that could decide about our packets,
 //! and no further up: what only counts, logs or accepts may stand above it.
@@ -20,7 +20,7 @@ use std::fmt::Write;
 
 use ipnetwork::IpNetwork;
 
-use super::{Chain, Match, Purpose, Rule, Ruleset, Verdict};
+use super::{Chain, Match, Purpose, Rule, Ruleset, Verdict, of_all};
 use crate::claim::overlap;
 
 mod older;
@@ -125,19 +125,21 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, place: Place) ->
     let purpose = chain.purpose;
     let (name, parent, jump) = (purpose.chain(), purpose.parent(), purpose.jump());
     let wanted: Vec<String> = chain.lines().collect();
-    // A rule without any network, like the one on the mark, belongs to all agents and stands once.
-    let comment = format!("--comment \"{}\"", purpose.comment());
-    let shared = |line: &&String| prefixes(line).next().is_none() && line.contains(&comment);
-    let theirs = |line: &&String| !rules.owns(prefixes(line)) && !shared(line);
+    // The rule on the mark belongs to all agents and stands once.
+    let shared = |line: &&String| of_all(purpose).any(|rule| chain.line(&rule) == **line);
+    let theirs = |line: &&String| {
+        let prefixes: Vec<IpNetwork> = prefixes(line).collect();
+        rules.of_another(purpose, &prefixes).any(|rule| chain.line(&rule) == **line)
+    };
     let foreign: Vec<&String> = listed.rules.iter().filter(theirs).collect();
     // With our rules off, it stays for whoever else is there.
     let of_others = wanted.is_empty() && !foreign.is_empty();
-    let of_all = if of_others { &listed.rules } else { &wanted }.iter().filter(shared);
+    let of_everybody = if of_others { &listed.rules } else { &wanted }.iter().filter(shared);
     let ours = wanted.iter().filter(|line| !shared(line));
-    let target: Vec<&String> = of_all.clone().chain(foreign).chain(ours.clone()).collect();
+    let target: Vec<&String> = of_everybody.clone().chain(foreign).chain(ours.clone()).collect();
     // Where ours stand among the others' does not matter: two agents that each
     // insisted on the last place would never come to rest.
-    let in_order = listed.rules.iter().filter(|line| !theirs(line)).eq(of_all.chain(ours));
+    let in_order = listed.rules.iter().filter(|line| !theirs(line)).eq(of_everybody.chain(ours));
     let jumps = listed.parent.iter().filter(|line| **line == jump).count();
     let flat = older::left_in(rules, chain, &listed.parent);
 

@@ -12,8 +12,8 @@
 //!
 //! The tables and chains have the names that Go flanneld gives them, so that each
 //! replaces what the other has left. Two agents with two networks share a table
-//! as they share iptables' chains: rules that name a network of ours are ours,
-//! the others are written again as they were.
+//! as they share iptables' chains: what such another agent writes is written again
+//! as it was. Whatever else is in there goes: it could only shadow ours.
 
 use std::fmt::Write;
 
@@ -258,11 +258,16 @@ pub fn replace(rules: &Ruleset, listed: &Listed) -> Option<String> {
         let stands = listed.chains.iter().find(|listed| listed.purpose == chain.purpose);
         let standing = stands.map_or(&[][..], |listed| &listed.rules);
         // Of what no flannel makes nothing is kept.
+        let is_theirs = |rule: &Rule| {
+            let prefixes: Vec<IpNetwork> = rule.prefixes().collect();
+            rules.of_another(chain.purpose, &prefixes).any(|theirs| theirs == *rule)
+        };
+        let is_of_all = |rule: &Rule| rule.is_of_all(chain.purpose);
         let (theirs, rest): (Vec<Rule>, Vec<Rule>) =
-            standing.iter().flatten().partition(|rule| !rules.owns(rule.prefixes()) && !rule.is_of_all());
+            standing.iter().flatten().partition(|rule| is_theirs(rule));
         let ours: Vec<Rule> = match chain.rules.is_empty() && !theirs.is_empty() {
             // With our rules off, what belongs to all stays for whoever else is there.
-            true => rest.iter().copied().filter(Rule::is_of_all).collect(),
+            true => rest.iter().copied().filter(is_of_all).collect(),
             false => chain.rules.clone(),
         };
         let wanted = !ours.is_empty() || !theirs.is_empty();
@@ -272,7 +277,7 @@ pub fn replace(rules: &Ruleset, listed: &Listed) -> Option<String> {
             && stands.is_some_and(|stands| stands.hooked) == wanted
             && (wanted || stands.is_none());
         if wanted {
-            let (of_all, own): (Vec<Rule>, Vec<Rule>) = ours.iter().partition(|rule| rule.is_of_all());
+            let (of_all, own): (Vec<Rule>, Vec<Rule>) = ours.iter().partition(|rule| is_of_all(rule));
             body += &block(chain, of_all.iter().chain(&theirs).chain(&own), family);
         }
     }

@@ -90,6 +90,69 @@ fn two_agents_in_one_chain_come_to_rest() {
     }
 }
 
+/// Rules that somebody may put into our chain in front of ours, and that no agent writes.
+const SHADOWS: [&str; 9] = [
+    "-A FLANNEL-FWD -j DROP",
+    "-A FLANNEL-FWD -m comment --comment \"flanneld forward\" -j DROP",
+    "-A FLANNEL-FWD -s 10.5.3.0/24 -j REJECT --reject-with icmp-port-unreachable",
+    "-A FLANNEL-FWD -s 10.5.3.0/24 -m comment --comment \"flanneld forward\" -j ACCEPT",
+    "-A FLANNEL-FWD -s 10.0.0.0/8 -m comment --comment \"flanneld forward\" -j ACCEPT",
+    "-A FLANNEL-FWD -s 10.9.0.0/16 -m comment --comment \"flanneld forward\" -j RETURN",
+    "-A FLANNEL-FWD -s 10.9.0.0/16 -j ACCEPT",
+    "-A FLANNEL-FWD ! -s 10.9.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT",
+    "-A FLANNEL-FWD -m mark --mark 0x4000/0x4000 -m comment --comment \"flanneld forward\" -j RETURN",
+];
+
+#[test]
+fn what_no_agent_writes_into_our_chain_goes() {
+    let ruleset = ruleset(false, true);
+
+    for shadow in SHADOWS {
+        let listed = listed(&[shadow, OTHER, FROM, TO], &[JUMP]);
+        let text = restore(&ruleset, &ruleset.chains[1], &listed, Place::BeforeOthers);
+
+        let expected = format!("*filter\n:FLANNEL-FWD - [0:0]\n{OTHER}\n{FROM}\n{TO}\nCOMMIT\n");
+        assert_eq!(text, Some(expected), "{shadow}");
+    }
+}
+
+#[test]
+fn what_no_agent_writes_keeps_no_chain() {
+    let off = ruleset(false, false);
+
+    for shadow in SHADOWS {
+        let listed = listed(&[shadow], &[JUMP]);
+        let text = restore(&off, &off.chains[1], &listed, Place::BeforeOthers).unwrap();
+
+        assert!(text.contains("-X FLANNEL-FWD"), "{shadow}: {text}");
+    }
+}
+
+#[test]
+fn whatever_another_agent_writes_stays() {
+    let ours = ruleset(true, true);
+    let network = "10.9.0.0/16".parse().unwrap();
+
+    for random_fully in [true, false] {
+        let wanted = Wanted { masquerade: true, random_fully, forward: true };
+        let other = rules(network, "10.9.3.0/24".parse().unwrap(), wanted, vec![]);
+        for (chain, theirs) in ours.chains.iter().zip(&other.chains) {
+            let mut lines: Vec<String> = theirs.lines().collect();
+            lines.extend(chain.lines().filter(|line| prefixes(line).next().is_some()));
+            let listed = Listed { exists: true, rules: lines, parent: vec![chain.purpose.jump()] };
+            assert_eq!(restore(&ours, chain, &listed, Place::BeforeOthers), None);
+        }
+    }
+    // As a Go flanneld of 0.20 has them.
+    let old = [
+        "-A FLANNEL-POSTRTG -s 10.9.0.0/16 -d 10.9.0.0/16 -m comment --comment \"flanneld masq\" -j RETURN",
+        "-A FLANNEL-POSTRTG ! -s 10.9.0.0/16 -d 10.9.3.0/24 -m comment --comment \"flanneld masq\" -j RETURN",
+    ];
+    let lines: Vec<String> = old.map(String::from).into_iter().chain(ours.chains[0].lines()).collect();
+    let listed = Listed { exists: true, rules: lines, parent: vec![Purpose::Masquerade.jump()] };
+    assert_eq!(restore(&ours, &ours.chains[0], &listed, Place::BeforeOthers), None);
+}
+
 #[test]
 fn the_rule_that_names_no_network_goes_with_the_last_agent() {
     let (on, off) = (ruleset(true, false), ruleset(false, false));

@@ -18,7 +18,7 @@ fn holding(sets: &[&Ruleset]) -> Listed {
         let chains = sets.iter().flat_map(|set| &set.chains).filter(|chain| chain.purpose == purpose);
         let mut rules: Vec<Option<Rule>> = vec![];
         for rule in chains.flat_map(|chain| &chain.rules) {
-            if !rule.is_of_all() || !rules.contains(&Some(*rule)) {
+            if !rule.is_of_all(purpose) || !rules.contains(&Some(*rule)) {
                 rules.push(Some(*rule));
             }
         }
@@ -202,6 +202,71 @@ fn the_rules_of_others_stay_when_ours_go() {
     assert_eq!(text.matches("10.9.0.0/16").count(), 10);
     assert_eq!(text.matches("meta mark &").count(), 1);
     assert_eq!(replace(&ours(NONE), &holding(&[&other])), None);
+}
+
+fn rule(source: Match, destination: Match, verdict: Verdict) -> Rule {
+    Rule { mark: None, source, destination, verdict }
+}
+
+fn within(prefix: &str) -> Match {
+    Match::In(prefix.parse().unwrap())
+}
+
+fn outside(prefix: &str) -> Match {
+    Match::NotIn(prefix.parse().unwrap())
+}
+
+/// Rules that somebody may put into our chains in front of ours, and that no agent writes.
+fn shadows() -> [(usize, Rule); 7] {
+    [
+        (0, rule(within("10.5.1.0/24"), Match::Any, Verdict::Return)),
+        (0, rule(within("10.9.0.0/16"), Match::Any, Verdict::Return)),
+        (0, rule(outside("10.9.0.0/16"), Match::Any, Verdict::Return)),
+        (1, rule(Match::Any, Match::Any, Verdict::Accept)),
+        (1, rule(within("10.0.0.0/8"), Match::Any, Verdict::Accept)),
+        (1, Rule { mark: Some((0x4000, 0x4000)), ..rule(Match::Any, Match::Any, Verdict::Return) }),
+        (2, rule(within("10.9.0.0/16"), within("10.5.86.0/24"), Verdict::Accept)),
+    ]
+}
+
+#[test]
+fn what_no_agent_writes_into_our_chains_goes() {
+    let other = ruleset("10.9.0.0/16", "10.9.1.0/24", ALL);
+
+    for (chain, shadow) in shadows() {
+        let mut listed = holding(&[&other, &ours(ALL)]);
+        let right = replace(&ours(ALL), &Listed { foreign: true, ..listed.clone() });
+        listed.chains[chain].rules.insert(0, Some(shadow));
+
+        assert_eq!(replace(&ours(ALL), &listed), right, "{shadow:?}");
+    }
+}
+
+#[test]
+fn what_no_agent_writes_keeps_no_table() {
+    for (chain, shadow) in shadows() {
+        let mut listed = holding(&[&ours(ALL)]);
+        listed.chains.iter_mut().for_each(|chain| chain.rules.clear());
+        listed.chains[chain].rules.push(Some(shadow));
+
+        let text = replace(&ours(NONE), &listed);
+
+        assert_eq!(
+            text.as_deref(),
+            Some("add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"),
+            "{shadow:?}"
+        );
+    }
+}
+
+#[test]
+fn the_rules_of_a_go_flanneld_with_another_network_stay() {
+    let mut theirs = ruleset("10.9.0.0/16", "10.9.1.0/24", ALL);
+    theirs.chains[0].rules[3] = rule(outside("10.9.1.0/24"), within("10.9.0.0/16"), Verdict::Return);
+
+    let listed = holding(&[&theirs, &ours(ALL)]);
+
+    assert_eq!(replace(&ours(ALL), &listed), None);
 }
 
 #[test]
