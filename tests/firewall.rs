@@ -690,6 +690,41 @@ fn somebody_who_insists_on_being_first_is_let_be_now_and_then() {
 }
 
 #[test]
+fn rules_that_come_but_once_are_no_fight() {
+    with_both(async |mut host| {
+        host.iptables("-N DOCKER");
+        host.ensure(&ours(ALL)).await;
+
+        // As Docker up to 27 does for each network that it makes.
+        for network in 0..10 {
+            host.iptables(&format!("-I FORWARD -o br-{network} -j DOCKER"));
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written, "{network}");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged, "{network}");
+        }
+    });
+}
+
+#[test]
+fn a_fight_about_one_rule_leaves_no_other_above_ours() {
+    with_both(async |mut host| {
+        host.ensure(&ours(ALL)).await;
+        host.iptables("-A FORWARD -j REJECT");
+        while {
+            host.iptables("-D FORWARD -j REJECT");
+            host.iptables("-I FORWARD -j REJECT");
+            host.ensure(&ours(ALL)).await == Ensured::Written
+        } {}
+
+        host.iptables("-I FORWARD 2 -j DROP");
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+
+        let rules = host.rules(Purpose::Forward, "FORWARD");
+        let place = |words: &str| rules.iter().position(|rule| rule.contains(words)).unwrap();
+        assert!(place("FLANNEL-FWD") < place("DROP"), "{rules:?}");
+    });
+}
+
+#[test]
 fn rules_in_legacy_tables_are_looked_at_each_time() {
     with(LEGACY, async |host| {
         let (mut host, runs) = at_rest(host).await;

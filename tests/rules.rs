@@ -10,7 +10,6 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use flannel_core::firewall::iptables::Place;
 use flannel_core::firewall::{Chain, Ruleset, Wanted, iptables, nftables, rules};
 use serde_json::Value;
 
@@ -49,8 +48,7 @@ fn written(case: &Path) -> String {
         let stands = before.iter().flat_map(|before| &before.chains);
         let stands = stands.filter(|stands| stands.purpose == chain.purpose && !stands.rules.is_empty());
         let listed = stands.map(in_iptables).next().unwrap_or_default();
-        text += &iptables::restore(&rules, chain, &listed, Place::BeforeOthers)
-            .unwrap_or_else(|| "nothing\n".into());
+        text += &iptables::restore(&rules, chain, &listed, &[]).unwrap_or_else(|| "nothing\n".into());
     }
     let listed = before.map(|before| in_nftables(&before)).unwrap_or_default();
     let replaced = nftables::replace(&rules, &listed).unwrap_or_else(|| "nothing\n".into());

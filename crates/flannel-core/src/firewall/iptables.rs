@@ -107,21 +107,13 @@ impl Chain {
     }
 }
 
-/// Where our jump is to stand in the built-in chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// Before whatever could decide about our packets.
-    BeforeOthers,
-    /// Where it stands, because somebody insists on theirs.
-    Anywhere,
-}
-
 /// The input of `iptables-restore --noflush` that brings one chain from
 /// `listed` to what `rules` want; `None` if it is so already.
 ///
 /// One table is one transaction: there is no moment without the rules, and those
-/// that an older flannel left go as ours come.
-pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, place: Place) -> Option<String> {
+/// that an older flannel left go as ours come. Above a `conceded` rule our jump
+/// does not go now, because somebody insists on it.
+pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, conceded: &[String]) -> Option<String> {
     let purpose = chain.purpose;
     let (name, parent, jump) = (purpose.chain(), purpose.parent(), purpose.jump());
     let wanted: Vec<String> = chain.lines().collect();
@@ -162,9 +154,8 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, place: Place) ->
         }
     } else {
         let standing = listed.exists && in_order;
-        let shadow = shadow(rules, purpose, listed, &flat);
-        let misplaced =
-            place == Place::BeforeOthers && shadow.as_ref().is_some_and(|shadow| shadow.falls_on_us);
+        let shadow = shadow(rules, purpose, listed, &flat, conceded);
+        let misplaced = shadow.as_ref().is_some_and(|shadow| !shadow.above.is_empty());
         if standing && jumps == 1 && !misplaced && flat.is_empty() {
             return None;
         }
@@ -197,19 +188,18 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, place: Place) ->
     Some(text)
 }
 
-/// The first rule that could decide about our packets before our jump does, if there is one.
-pub fn first_above<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed) -> Option<&'a str> {
-    shadow(rules, purpose, listed, &[]).filter(|shadow| shadow.falls_on_us).map(|shadow| shadow.rule)
+/// The rules that could decide about our packets before our jump does, unless conceded.
+pub fn above<'a>(rules: &Ruleset, chain: &Chain, listed: &'a Listed, conceded: &[String]) -> Vec<&'a str> {
+    let flat = older::left_in(rules, chain, &listed.parent);
+    shadow(rules, chain.purpose, listed, &flat, conceded).map_or(vec![], |shadow| shadow.above)
 }
 
 /// What could decide about our packets before we do.
 struct Shadow<'a> {
-    /// The rule.
-    rule: &'a str,
     /// Before which of the other rules our jump belongs, counted from 0.
     place: usize,
-    /// Whether it comes before our jump.
-    falls_on_us: bool,
+    /// Those from there on that come before our jump.
+    above: Vec<&'a str>,
     /// Whether that place is above the operator's own.
     behind_operator: bool,
 }
@@ -250,7 +240,13 @@ const PASSING: [&str; 18] = [
     "AUDIT",
 ];
 
-fn shadow<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed, flat: &[&String]) -> Option<Shadow<'a>> {
+fn shadow<'a>(
+    rules: &Ruleset,
+    purpose: Purpose,
+    listed: &'a Listed,
+    flat: &[&String],
+    conceded: &[String],
+) -> Option<Shadow<'a>> {
     let (parent, jump) = (purpose.parent(), purpose.jump());
     let others = || listed.parent.iter().filter(|line| **line != jump && !flat.contains(line));
     let is_policy =
@@ -271,16 +267,21 @@ fn shadow<'a>(rules: &Ruleset, purpose: Purpose, listed: &'a Listed, flat: &[&St
             Purpose::Masquerade => to != "MASQUERADE" || comes_from_us(rules, line),
         }
     };
-    let (place, rule) = others().enumerate().skip(least).find(|(_, line)| decides(line))?;
     // Of several jumps the last one is kept.
     let last = listed.parent.iter().rposition(|line| *line == jump);
     let before = last.map(|last| {
         let above = listed.parent[..last].iter();
         above.filter(|line| **line != jump && !flat.contains(line)).count()
     });
+    // A jump that has to be put in anyway goes before them all.
+    let is_conceded = |line: &String| before.is_some() && conceded.contains(line);
+    let deciding = others().enumerate().skip(least).filter(|(_, line)| decides(line) && !is_conceded(line));
+    let (place, _) = deciding.clone().next()?;
+    let above = deciding.take_while(|(at, _)| before.is_some_and(|before| *at < before));
+    let above = above.map(|(_, line)| line.as_str()).collect();
     let operator = operator_jump(parent);
     let behind_operator = purpose == Purpose::Forward && others().skip(place).any(|line| *line == operator);
-    Some(Shadow { rule, place, falls_on_us: before.is_some_and(|before| place < before), behind_operator })
+    Some(Shadow { place, above, behind_operator })
 }
 
 /// Where a rule sends a packet.

@@ -2,15 +2,18 @@
 //!
 //! dockerd puts its jumps first each time it starts, and may be started many
 //! times; it does not answer us, and we go before it each time. Somebody who
-//! does answer would have us write for ever:
+//! does answer would have us write for ever. A fight is one rule that comes back:
 //!
 //! ```text
 //!   five moves at once ──▶ one a second ──▶ after sixty in a row, none for ten minutes
 //! ```
+//!
+//! Other rules are no part of it. dockerd up to 27 puts one of its own above ours
+//! for each network that it makes, and on some hosts it makes one a minute.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use flannel_core::firewall::iptables::Place;
 use tokio::time::Instant;
 
 /// So many moves in a row cost no wait.
@@ -28,39 +31,47 @@ const REST: Duration = Duration::from_secs(600);
 /// A row ends with so long a time without a move.
 const QUIET: Duration = Duration::from_secs(60);
 
+/// The rules that our jump had to go before lately.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Insistence {
-    in_a_row: usize,
-    last: Option<Instant>,
-    waits_until: Option<Instant>,
+    rows: BTreeMap<String, Row>,
+}
+
+/// The moves before one rule.
+#[derive(Clone, Debug)]
+struct Row {
+    moves: usize,
+    last: Instant,
+    waits_until: Instant,
 }
 
 impl Insistence {
-    /// Where our jump should stand now.
-    pub(super) fn place(&self, now: Instant) -> Place {
-        if self.waits_until.is_some_and(|until| now < until) { Place::Anywhere } else { Place::BeforeOthers }
+    /// The rules that stay where they are now.
+    pub(super) fn conceded(&self, now: Instant) -> Vec<String> {
+        let waiting = self.rows.iter().filter(|(_, row)| now < row.waits_until);
+        waiting.map(|(rule, _)| rule.clone()).collect()
     }
 
-    /// When we insist again.
-    pub(super) fn waits_until(&self) -> Option<Instant> {
-        self.waits_until
+    /// When the first of them does no longer.
+    pub(super) fn waits_until(&self, now: Instant) -> Option<Instant> {
+        self.rows.values().map(|row| row.waits_until).filter(|until| now < *until).min()
     }
 
-    /// Takes in that our jump was moved; whether that was the last time for a while.
-    pub(super) fn moved(&mut self, now: Instant) -> bool {
-        if self.last.is_some_and(|last| now.duration_since(last) >= QUIET) {
-            self.in_a_row = 0;
-        }
-        self.last = Some(now);
-        self.in_a_row += 1;
-        let is_last = self.in_a_row >= MOST;
-        self.waits_until = match self.in_a_row {
-            MOST.. => Some(now + REST),
-            AT_ONCE.. => Some(now + PAUSE),
-            _ => None,
+    /// Takes in that our jump was moved before a rule; whether that was the last time for a while.
+    pub(super) fn moved(&mut self, rule: &str, now: Instant) -> bool {
+        self.rows.retain(|_, row| now < row.waits_until || now.duration_since(row.last) < QUIET);
+        let new = Row { moves: 0, last: now, waits_until: now };
+        let row = self.rows.entry(rule.to_owned()).or_insert(new);
+        row.last = now;
+        row.moves += 1;
+        row.waits_until = match row.moves {
+            MOST.. => now + REST,
+            AT_ONCE.. => now + PAUSE,
+            _ => now,
         };
+        let is_last = row.moves >= MOST;
         if is_last {
-            self.in_a_row = 0;
+            row.moves = 0;
         }
         is_last
     }
@@ -70,16 +81,19 @@ impl Insistence {
 mod tests {
     use super::*;
 
+    const RULE: &str = "-A FORWARD -j DROP";
+    const ANOTHER: &str = "-A FORWARD -o br-1 -j DOCKER";
+
     /// How long it takes until our jump may be moved again, after so many moves, each as soon as it may be.
     fn wait_after(moves: usize) -> (Duration, bool) {
         let (mut insistence, mut now, mut is_last) = (Insistence::default(), Instant::now(), false);
         for _ in 0..moves {
-            now = insistence.waits_until().unwrap_or(now);
-            assert_eq!(insistence.place(now), Place::BeforeOthers);
-            is_last = insistence.moved(now);
+            now = insistence.waits_until(now).unwrap_or(now);
+            assert_eq!(insistence.conceded(now), [""; 0]);
+            is_last = insistence.moved(RULE, now);
         }
-        let until = insistence.waits_until().unwrap_or(now);
-        assert_eq!(insistence.place(until), Place::BeforeOthers);
+        let until = insistence.waits_until(now).unwrap_or(now);
+        assert_eq!(insistence.conceded(until), [""; 0]);
         (until - now, is_last)
     }
 
@@ -93,20 +107,35 @@ mod tests {
     }
 
     #[test]
-    fn while_we_wait_the_jump_stays_anywhere() {
+    fn while_we_wait_the_rule_is_conceded_and_no_other() {
         let (mut insistence, now) = (Insistence::default(), Instant::now());
 
         for _ in 0..5 {
-            insistence.moved(now);
+            insistence.moved(RULE, now);
         }
+        insistence.moved(ANOTHER, now);
 
-        assert_eq!(insistence.place(now), Place::Anywhere);
+        assert_eq!(insistence.conceded(now), [RULE]);
     }
 
     #[test]
     fn moves_that_are_far_apart_are_no_row() {
         let (mut insistence, start) = (Insistence::default(), Instant::now());
 
-        assert!(!(0..1000).any(|number| insistence.moved(start + number * QUIET)));
+        assert!(!(0..1000).any(|number| insistence.moved(RULE, start + number * QUIET)));
+    }
+
+    #[test]
+    fn a_rule_for_each_new_network_is_no_row() {
+        let (mut insistence, mut now) = (Insistence::default(), Instant::now());
+
+        for number in 0..1000 {
+            now += PAUSE;
+            assert!(!insistence.moved(&format!("-A FORWARD -o br-{number} -j DOCKER"), now));
+            assert_eq!(insistence.conceded(now), [""; 0]);
+        }
+
+        // And what is long gone is forgotten.
+        assert!(insistence.rows.len() <= 60, "{}", insistence.rows.len());
     }
 }

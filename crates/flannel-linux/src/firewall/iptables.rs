@@ -21,11 +21,12 @@
 //! The kernel counts one statement before it shows what has changed
 //! (`nf_tables_commit`); between the question and the lists a process is started.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::io;
 use std::process::{Command, Output};
 
-use flannel_core::firewall::iptables::{Listed, Place, first_above, restore};
+use flannel_core::firewall::iptables::{Listed, above, restore};
 use flannel_core::firewall::{Purpose, Ruleset};
 use flannel_core::host::{Ensured, Firewall, HostError};
 use iptables::IPTables;
@@ -121,25 +122,13 @@ impl Firewall for IptablesFirewall {
         let programs = self.programs;
         let rules =
             if programs.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
-        let place = self.insistence.place(Instant::now());
-        let Check { ensured, found, above } = blocking(move || programs.ensure(rules, found, place)).await?;
+        let conceded = self.insistence.conceded(Instant::now());
         // Where we insist on no place now, the next check may again.
-        self.found = found.filter(|_| place == Place::BeforeOthers);
-        if let Some((purpose, rule)) = above.filter(|_| place == Place::BeforeOthers) {
-            let chain = purpose.parent();
-            if self.insistence.moved(Instant::now()) {
-                error!(
-                    chain, %rule,
-                    "somebody keeps putting a rule above ours; leaving it there for ten minutes, with what it does to the \
-                     network's packets"
-                );
-            } else if rule.contains(" -j DOCKER") {
-                // It does so whenever it starts.
-                info!(chain, %rule, "docker has put a rule above ours; ours go before it");
-            } else {
-                warn!(chain, %rule, "a rule above ours could decide about the network's packets; ours go before it");
-            }
-        }
+        let is_final = conceded.is_empty();
+        let Check { ensured, found, above } =
+            blocking(move || programs.ensure(rules, found, &conceded)).await?;
+        self.found = found.filter(|_| is_final);
+        self.moved(above);
         Ok(ensured)
     }
 }
@@ -148,11 +137,33 @@ impl Firewall for IptablesFirewall {
 struct Check {
     ensured: Ensured,
     found: Option<Found>,
-    /// A rule that stood above ours and could decide before them.
-    above: Option<(Purpose, String)>,
+    /// The rules that stood above ours and could decide before them, with their chains.
+    above: BTreeSet<(&'static str, String)>,
 }
 
 impl IptablesFirewall {
+    /// Takes in, and tells, that our jumps were moved before these rules.
+    fn moved(&mut self, above: BTreeSet<(&'static str, String)>) {
+        let now = Instant::now();
+        let (given_up, others): (Vec<_>, Vec<_>) =
+            above.into_iter().partition(|(_, rule)| self.insistence.moved(rule, now));
+        for (chain, rule) in given_up {
+            error!(
+                chain, %rule,
+                "somebody keeps putting a rule above ours; leaving it there for ten minutes, with what it does to the \
+                 network's packets"
+            );
+        }
+        let rules = others.len();
+        let of_docker = |rule: &str| rule.contains(" -j DOCKER");
+        if let Some((chain, rule)) = others.iter().find(|(_, rule)| !of_docker(rule)) {
+            warn!(chain, %rule, rules, "a rule above ours could decide about the network's packets; ours go before it");
+        } else if let Some((chain, rule)) = others.first() {
+            // It does so whenever it starts, and up to 27 with each network.
+            info!(chain, %rule, rules, "docker has put a rule above ours; ours go before it");
+        }
+    }
+
     /// What lists the rules.
     pub(super) fn program(&self) -> &'static str {
         self.programs.program
@@ -160,7 +171,7 @@ impl IptablesFirewall {
 
     /// When our jumps may be moved again, if they had to be left where they were.
     pub(super) fn waits_until(&self) -> Option<Instant> {
-        self.insistence.waits_until().filter(|_| self.found.is_none())
+        self.insistence.waits_until(Instant::now()).filter(|_| self.found.is_none())
     }
 
     /// Whether the rules are where the kernel tells of changes; `None` before the first check.
@@ -181,12 +192,12 @@ impl Programs {
     }
 
     /// Makes the rules stand, if it is not known that they do; tells what was found right.
-    fn ensure(self, rules: Ruleset, found: Option<Found>, place: Place) -> Result<Check, HostError> {
+    fn ensure(self, rules: Ruleset, found: Option<Found>, conceded: &[String]) -> Result<Check, HostError> {
         let before = self.generation();
         if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == before) {
-            return Ok(Check { ensured: Ensured::Unchanged, found, above: None });
+            return Ok(Check { ensured: Ensured::Unchanged, found, above: BTreeSet::new() });
         }
-        let (mut writes, mut texts, mut above) = (0, String::new(), None);
+        let (mut writes, mut texts, mut others) = (0, String::new(), BTreeSet::new());
         for chain in &rules.chains {
             let listed = match self.list(chain.purpose) {
                 // A kernel without the table has nothing of ours in it. And the raw table is needed only
@@ -199,10 +210,10 @@ impl Programs {
                 }
                 listed => listed?,
             };
-            if let Some(text) = restore(&rules, chain, &listed, place) {
+            if let Some(text) = restore(&rules, chain, &listed, conceded) {
                 if !chain.rules.is_empty() {
-                    let rule = first_above(&rules, chain.purpose, &listed);
-                    above = above.or(rule.map(|rule| (chain.purpose, rule.to_owned())));
+                    let above = above(&rules, chain, &listed, conceded).into_iter();
+                    others.extend(above.map(|rule| (chain.purpose.parent(), rule.to_owned())));
                 }
                 texts += &text;
                 writes += 1;
@@ -212,10 +223,11 @@ impl Programs {
             // Each table is a transaction of its own.
             self.restore(&texts)?;
         }
-        Ok(match writes {
-            0 => Check { ensured: Ensured::Unchanged, found: Found::at(rules, before), above },
-            _ => Check { ensured: Ensured::Written, found: Found::after(writes, rules, before), above },
-        })
+        let (ensured, found) = match writes {
+            0 => (Ensured::Unchanged, Found::at(rules, before)),
+            _ => (Ensured::Written, Found::after(writes, rules, before)),
+        };
+        Ok(Check { ensured, found, above: others })
     }
 
     /// The generation of the tables, where they have one and we may ask for it.

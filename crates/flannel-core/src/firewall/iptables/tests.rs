@@ -20,7 +20,7 @@ const OTHER: &str = r#"-A FLANNEL-FWD -s 10.9.0.0/16 -m comment --comment "flann
 fn masquerade_is_written_as_flannel_writes_it() {
     let ruleset = ruleset(true, true);
 
-    let text = restore(&ruleset, &ruleset.chains[0], &Listed::default(), Place::BeforeOthers).unwrap();
+    let text = restore(&ruleset, &ruleset.chains[0], &Listed::default(), &[]).unwrap();
 
     assert_eq!(
         text,
@@ -42,17 +42,14 @@ COMMIT
 fn what_stands_right_is_not_written_again() {
     let ruleset = ruleset(false, true);
 
-    assert_eq!(
-        restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP]), Place::BeforeOthers),
-        None
-    );
+    assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP]), &[]), None);
 }
 
 #[test]
 fn only_a_missing_jump_is_added_to_a_chain_that_stands() {
     let ruleset = ruleset(false, true);
 
-    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[]), Place::BeforeOthers).unwrap();
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[]), &[]).unwrap();
 
     assert_eq!(text, format!("*filter\n{JUMP}\nCOMMIT\n"));
 }
@@ -61,9 +58,7 @@ fn only_a_missing_jump_is_added_to_a_chain_that_stands() {
 fn a_second_jump_is_taken_away() {
     let ruleset = ruleset(false, true);
 
-    let text =
-        restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP, JUMP]), Place::BeforeOthers)
-            .unwrap();
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP, JUMP]), &[]).unwrap();
 
     assert_eq!(text, format!("*filter\n{}\nCOMMIT\n", JUMP.replace("-A FORWARD", "-D FORWARD")));
 }
@@ -72,8 +67,7 @@ fn a_second_jump_is_taken_away() {
 fn rules_of_another_network_in_our_chain_keep_their_place() {
     let ruleset = ruleset(false, true);
 
-    let text =
-        restore(&ruleset, &ruleset.chains[1], &listed(&[TO, OTHER], &[JUMP]), Place::BeforeOthers).unwrap();
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[TO, OTHER], &[JUMP]), &[]).unwrap();
 
     assert_eq!(text, format!("*filter\n:FLANNEL-FWD - [0:0]\n{OTHER}\n{FROM}\n{TO}\nCOMMIT\n"));
 }
@@ -83,10 +77,7 @@ fn two_agents_in_one_chain_come_to_rest() {
     let ruleset = ruleset(false, true);
 
     for order in [[OTHER, FROM, TO], [FROM, OTHER, TO], [FROM, TO, OTHER]] {
-        assert_eq!(
-            restore(&ruleset, &ruleset.chains[1], &listed(&order, &[JUMP]), Place::BeforeOthers),
-            None
-        );
+        assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed(&order, &[JUMP]), &[]), None);
     }
 }
 
@@ -109,7 +100,7 @@ fn what_no_agent_writes_into_our_chain_goes() {
 
     for shadow in SHADOWS {
         let listed = listed(&[shadow, OTHER, FROM, TO], &[JUMP]);
-        let text = restore(&ruleset, &ruleset.chains[1], &listed, Place::BeforeOthers);
+        let text = restore(&ruleset, &ruleset.chains[1], &listed, &[]);
 
         let expected = format!("*filter\n:FLANNEL-FWD - [0:0]\n{OTHER}\n{FROM}\n{TO}\nCOMMIT\n");
         assert_eq!(text, Some(expected), "{shadow}");
@@ -122,7 +113,7 @@ fn what_no_agent_writes_keeps_no_chain() {
 
     for shadow in SHADOWS {
         let listed = listed(&[shadow], &[JUMP]);
-        let text = restore(&off, &off.chains[1], &listed, Place::BeforeOthers).unwrap();
+        let text = restore(&off, &off.chains[1], &listed, &[]).unwrap();
 
         assert!(text.contains("-X FLANNEL-FWD"), "{shadow}: {text}");
     }
@@ -140,7 +131,7 @@ fn whatever_another_agent_writes_stays() {
             let mut lines: Vec<String> = theirs.lines().collect();
             lines.extend(chain.lines().filter(|line| prefixes(line).next().is_some()));
             let listed = Listed { exists: true, rules: lines, parent: vec![chain.purpose.jump()] };
-            assert_eq!(restore(&ours, chain, &listed, Place::BeforeOthers), None);
+            assert_eq!(restore(&ours, chain, &listed, &[]), None);
         }
     }
     // As a Go flanneld of 0.20 has them.
@@ -150,7 +141,7 @@ fn whatever_another_agent_writes_stays() {
     ];
     let lines: Vec<String> = old.map(String::from).into_iter().chain(ours.chains[0].lines()).collect();
     let listed = Listed { exists: true, rules: lines, parent: vec![Purpose::Masquerade.jump()] };
-    assert_eq!(restore(&ours, &ours.chains[0], &listed, Place::BeforeOthers), None);
+    assert_eq!(restore(&ours, &ours.chains[0], &listed, &[]), None);
 }
 
 #[test]
@@ -161,9 +152,9 @@ fn the_rule_that_names_no_network_goes_with_the_last_agent() {
     let other = lines[1].replace("10.5.", "10.9.");
     let mut shown: Vec<&str> = lines.iter().map(String::as_str).collect();
 
-    let alone = restore(&off, &off.chains[0], &listed(&shown, &[&jump]), Place::BeforeOthers).unwrap();
+    let alone = restore(&off, &off.chains[0], &listed(&shown, &[&jump]), &[]).unwrap();
     shown.push(&other);
-    let shared = restore(&off, &off.chains[0], &listed(&shown, &[&jump]), Place::BeforeOthers).unwrap();
+    let shared = restore(&off, &off.chains[0], &listed(&shown, &[&jump]), &[]).unwrap();
 
     assert!(alone.contains("-X FLANNEL-POSTRTG"), "{alone}");
     assert_eq!(shared, format!("*nat\n:FLANNEL-POSTRTG - [0:0]\n{}\n{other}\nCOMMIT\n", lines[0]));
@@ -173,8 +164,7 @@ fn the_rule_that_names_no_network_goes_with_the_last_agent() {
 fn rules_that_are_no_longer_wanted_go_with_chain_and_jump() {
     let ruleset = ruleset(false, false);
 
-    let text =
-        restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP]), Place::BeforeOthers).unwrap();
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], &[JUMP]), &[]).unwrap();
 
     let gone = JUMP.replace("-A FORWARD", "-D FORWARD");
     assert_eq!(text, format!("*filter\n{gone}\n:FLANNEL-FWD - [0:0]\n-X FLANNEL-FWD\nCOMMIT\n"));
@@ -184,7 +174,7 @@ fn rules_that_are_no_longer_wanted_go_with_chain_and_jump() {
 fn nothing_wanted_and_nothing_there_needs_nothing() {
     let ruleset = ruleset(false, false);
 
-    assert_eq!(restore(&ruleset, &ruleset.chains[0], &Listed::default(), Place::BeforeOthers), None);
+    assert_eq!(restore(&ruleset, &ruleset.chains[0], &Listed::default(), &[]), None);
 }
 
 #[test]
@@ -192,9 +182,7 @@ fn rules_of_our_former_network_go() {
     let mut ruleset = ruleset(false, true);
     ruleset.former = vec!["10.9.0.0/16".parse().unwrap()];
 
-    let text =
-        restore(&ruleset, &ruleset.chains[1], &listed(&[OTHER, FROM, TO], &[JUMP]), Place::BeforeOthers)
-            .unwrap();
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[OTHER, FROM, TO], &[JUMP]), &[]).unwrap();
 
     assert_eq!(text, format!("*filter\n:FLANNEL-FWD - [0:0]\n{FROM}\n{TO}\nCOMMIT\n"));
 }
@@ -204,7 +192,7 @@ const DOCKER_USER: &str = "-A FORWARD -j DOCKER-USER";
 /// What is written for a FORWARD chain with these rules, if anything is.
 fn forward(parent: &[&str]) -> Option<Vec<String>> {
     let ruleset = ruleset(false, true);
-    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], parent), Place::BeforeOthers)?;
+    let text = restore(&ruleset, &ruleset.chains[1], &listed(&[FROM, TO], parent), &[])?;
     let lines = text.lines().map(str::to_owned);
     Some(lines.filter(|line| !line.starts_with('*') && line != "COMMIT").collect())
 }
@@ -284,10 +272,18 @@ fn our_jump_never_goes_before_those_who_say_what_may_pass() {
 #[test]
 fn our_jump_stays_where_somebody_insists_on_theirs() {
     let ruleset = ruleset(false, true);
-    let listed = listed(&[FROM, TO], &["-A FORWARD -j DROP", JUMP]);
+    let (theirs, another) = ("-A FORWARD -j DROP", "-A FORWARD -j REJECT");
+    let chain = &ruleset.chains[1];
+    let conceded = [theirs.to_owned()];
+    let alone = listed(&[FROM, TO], &[theirs, JUMP]);
+    let both = listed(&[FROM, TO], &[theirs, another, JUMP]);
 
-    assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed, Place::Anywhere), None);
-    assert_eq!(first_above(&ruleset, Purpose::Forward, &listed), Some("-A FORWARD -j DROP"));
+    assert_eq!(restore(&ruleset, chain, &alone, &conceded), None);
+    assert_eq!(above(&ruleset, chain, &both, &[]), [theirs, another]);
+    // What somebody else puts there is no less in our way.
+    assert_eq!(above(&ruleset, chain, &both, &conceded), [another]);
+    let text = restore(&ruleset, chain, &both, &conceded).unwrap();
+    assert!(text.contains("-I FORWARD 2 -m comment"), "{text}");
 }
 
 /// What is written for a POSTROUTING chain with these rules before our jump, if anything is.
@@ -297,7 +293,7 @@ fn postrouting(rules: &[&str]) -> Option<String> {
     let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
     let jump = Purpose::Masquerade.jump();
     let parent: Vec<&str> = rules.iter().copied().chain([&*jump]).collect();
-    restore(&ruleset, &ruleset.chains[0], &listed(&lines, &parent), Place::BeforeOthers)
+    restore(&ruleset, &ruleset.chains[0], &listed(&lines, &parent), &[])
 }
 
 #[test]
@@ -348,7 +344,7 @@ fn rules_of_an_older_flannel_in_the_built_in_chains_go_as_ours_come() {
 
     for old in [bare, plain, commented] {
         let listed = Listed { parent: old.to_vec(), ..Listed::default() };
-        let text = restore(&ruleset, &ruleset.chains[0], &listed, Place::BeforeOthers).unwrap();
+        let text = restore(&ruleset, &ruleset.chains[0], &listed, &[]).unwrap();
 
         assert_eq!(deleted(&text), old);
         assert!(
@@ -363,7 +359,7 @@ fn rules_of_an_older_flannel_go_with_masquerading_switched_off_too() {
     let ruleset = ruleset(false, false);
     let listed = Listed { parent: OLD_POSTROUTING.map(String::from).to_vec(), ..Listed::default() };
 
-    let text = restore(&ruleset, &ruleset.chains[0], &listed, Place::BeforeOthers).unwrap();
+    let text = restore(&ruleset, &ruleset.chains[0], &listed, &[]).unwrap();
 
     assert_eq!(deleted(&text), OLD_POSTROUTING);
     assert!(!text.contains("FLANNEL"), "{text}");
@@ -382,7 +378,7 @@ fn rules_of_any_other_shape_stay() {
         "-A POSTROUTING -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment mine -j RETURN",
     ] {
         let listed = Listed { parent: vec![signature.into(), rule.into()], ..Listed::default() };
-        let text = restore(&ruleset, &ruleset.chains[0], &listed, Place::BeforeOthers).unwrap();
+        let text = restore(&ruleset, &ruleset.chains[0], &listed, &[]).unwrap();
         assert_eq!(deleted(&text), [signature], "{rule}");
     }
     for rule in ["-A FORWARD -s 10.5.0.0/16 -i docker0 -j ACCEPT", "-A FORWARD -s 10.9.0.0/16 -j ACCEPT"] {
@@ -400,7 +396,7 @@ fn what_an_operator_may_have_written_stays_without_ours_in_its_place() {
         ..Listed::default()
     };
 
-    assert_eq!(restore(&off, &off.chains[1], &parent(&by_hand), Place::BeforeOthers), None);
-    assert_eq!(restore(&off, &off.chains[0], &parent(&[no_masquerade]), Place::BeforeOthers), None);
+    assert_eq!(restore(&off, &off.chains[1], &parent(&by_hand), &[]), None);
+    assert_eq!(restore(&off, &off.chains[0], &parent(&[no_masquerade]), &[]), None);
     assert_eq!(deleted(&forward(&by_hand).unwrap().join("\n")), by_hand);
 }
