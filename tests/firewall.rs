@@ -670,6 +670,63 @@ fn a_rule_that_somebody_puts_above_ours_comes_after_them() {
 }
 
 #[test]
+fn our_jump_goes_behind_who_denies_and_is_at_rest_there() {
+    with_both(async |mut host| {
+        host.iptables("-N DOCKER-USER");
+        host.ensure(&ours(ALL)).await;
+
+        // The operator's own is followed wherever it is put, and however often.
+        for _ in 0..3 {
+            host.iptables("-A FORWARD -j DOCKER-USER");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+            assert_eq!(host.rules(Purpose::Forward, "FORWARD")[1], Purpose::Forward.jump());
+            // And Docker puts it first.
+            host.iptables("-D FORWARD -j DOCKER-USER");
+            host.iptables("-I FORWARD -j DOCKER-USER");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+            host.iptables("-D FORWARD -j DOCKER-USER");
+        }
+    });
+}
+
+#[test]
+fn a_policy_engine_that_comes_last_is_gone_behind_once() {
+    with_both(async |mut host| {
+        host.iptables("-N cali-FORWARD");
+        host.ensure(&ours(ALL)).await;
+        host.iptables("-A FORWARD -j cali-FORWARD");
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Written);
+        assert_eq!(host.rules(Purpose::Forward, "FORWARD")[1], Purpose::Forward.jump());
+
+        for _ in 0..3 {
+            host.iptables("-D FORWARD -j cali-FORWARD");
+            host.iptables("-A FORWARD -j cali-FORWARD");
+            assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        }
+    });
+}
+
+#[test]
+fn a_policy_engine_that_is_below_ours_starts_no_process() {
+    with(NFT, async |mut host| {
+        host.iptables("-N cali-FORWARD");
+        let runs = Runs::of(&mut host);
+        host.ensure(&ours(ALL)).await;
+        host.iptables("-A FORWARD -j cali-FORWARD");
+        host.ensure(&ours(ALL)).await;
+        host.iptables("-D FORWARD -j cali-FORWARD");
+        host.iptables("-A FORWARD -j cali-FORWARD");
+        host.ensure(&ours(ALL)).await;
+        runs.take();
+
+        assert_eq!(host.ensure(&ours(ALL)).await, Ensured::Unchanged);
+        assert_eq!(runs.take(), NO_RUN);
+    });
+}
+
+#[test]
 fn somebody_who_insists_on_being_first_is_let_be_now_and_then() {
     with_both(async |mut host| {
         host.ensure(&ours(ALL)).await;

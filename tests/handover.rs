@@ -11,7 +11,7 @@ use std::process::Command;
 use flannel_core::firewall::Wanted;
 use flannel_core::host::Ensured;
 use flannel_tests::packets::Place::{Host, Outside, Pod, Published};
-use flannel_tests::packets::rules::{ENGINES, Engine, Hosts, fixture};
+use flannel_tests::packets::rules::{ENGINES, Engine, Hosts, NETWORK, fixture};
 use flannel_tests::packets::{Cluster, Flow, HOST_PORT, PUBLISHED, UNPUBLISHED};
 
 const WANTED: Wanted = Wanted { masquerade: true, random_fully: true, forward: true };
@@ -50,14 +50,12 @@ fn bare(hosts: &Hosts<'_>, file: &str) {
     hosts.load("docker-20.10.iptables", &[]);
 }
 
-/// All that is on the first host: each chain with its rules, the built-in ones as a set.
+/// All that is on the first host: each chain with its rules in order.
 fn all_rules(hosts: &Hosts<'_>) -> Vec<String> {
     let [_, _, save] = hosts.engine.programs();
     let saved = hosts.feed(1, save, &[], "");
     let lines = saved.lines().filter(|line| line.starts_with("-A ")).map(str::to_owned);
-    let (ours, mut others): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with("-A FLANNEL"));
-    // Where a jump stands is another question.
-    others.sort();
+    let (ours, others): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with("-A FLANNEL"));
     let mut rules: Vec<String> = others.into_iter().chain(ours).collect();
     let tables = hosts.feed(1, "nft", &["list", "tables"], "");
     for table in tables.lines().filter(|line| line.contains("flannel")) {
@@ -157,6 +155,26 @@ fn the_rules_of_a_go_flanneld_become_ours_without_a_rest() {
             assert_eq!(found, expected, "{file}, {:?}", hosts.engine);
             assert_eq!(hosts.ensure(&mut ours, WANTED), [Ensured::Unchanged; 2], "{file}");
         }
+    });
+}
+
+#[test]
+fn what_the_operator_denies_is_denied_after_a_go_flanneld_that_came_first() {
+    on_hosts(|hosts| {
+        let denied = Flow::new(Pod(1), Outside, UNPUBLISHED);
+        let arrives = |expected| hosts.cluster.try_out(&[(denied, expected)].into())[&denied].is_some();
+        let [program, ..] = hosts.engine.programs();
+        bare(hosts, "");
+        hosts.load("flanneld-0.20.2.iptables", &[]);
+        for host in [1, 2] {
+            let words = ["-I", "DOCKER-USER", "-s", "10.5.1.2", "!", "-d", NETWORK, "-j", "DROP"];
+            hosts.feed(host, program, &words, "");
+        }
+        assert!(arrives(true), "it is not the place of the jump");
+
+        fresh(hosts);
+
+        assert!(!arrives(false), "{:?}", hosts.engine);
     });
 }
 

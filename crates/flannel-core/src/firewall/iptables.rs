@@ -6,11 +6,12 @@
 //! place in front. Whatever else is in there goes: it could only shadow ours.
 //!
 //! Our jump stands before the first rule that could decide about our packets,
-//! and no further up: what only counts, logs or accepts may stand above it.
+//! and no further up: what only counts, logs or accepts may stand above it, and who
+//! denies has to.
 //!
 //! ```text
-//!   cali-FORWARD, KUBE-*        who says what may pass, of us too: never behind us
-//!   DOCKER-USER                 the operator's place for denials: comes along if it would fall behind us
+//!   cali-FORWARD, KUBE-*        who says what may pass, of us too: we go behind them
+//!   DOCKER-USER                 the operator's place for denials: likewise; it comes along where we go up
 //!   LOG, ACCEPT, from elsewhere to elsewhere
 //!   ── FLANNEL-FWD ──
 //!   DROP, REJECT, DOCKER-FORWARD, any chain that we do not know
@@ -111,8 +112,8 @@ impl Chain {
 /// `listed` to what `rules` want; `None` if it is so already.
 ///
 /// One table is one transaction: there is no moment without the rules, and those
-/// that an older flannel left go as ours come. Above a `conceded` rule our jump
-/// does not go now, because somebody insists on it.
+/// that an older flannel left go as ours come. For a `conceded` rule our jump
+/// does not move now, because somebody insists on its place.
 pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, conceded: &[String]) -> Option<String> {
     let purpose = chain.purpose;
     let (name, parent, jump) = (purpose.chain(), purpose.parent(), purpose.jump());
@@ -154,8 +155,9 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, conceded: &[Stri
         }
     } else {
         let standing = listed.exists && in_order;
-        let shadow = shadow(rules, purpose, listed, &flat, conceded);
-        let misplaced = shadow.as_ref().is_some_and(|shadow| !shadow.above.is_empty());
+        let Place { before, brings_operator, wrong } = place(rules, purpose, listed, &flat, conceded);
+        let misplaced =
+            !of_others && wrong.iter().any(|(_, rule)| !conceded.iter().any(|conceded| conceded == rule));
         if standing && jumps == 1 && !misplaced && flat.is_empty() {
             return None;
         }
@@ -169,11 +171,11 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, conceded: &[Stri
             line(&jump.replacen("-A", "-D", 1));
         }
         if jumps == 0 || misplaced {
-            match shadow {
-                Some(Shadow { place, behind_operator, .. }) => {
+            match before {
+                Some(before) => {
                     let insert = |number: usize| format!("-I {parent} {number}");
-                    let mut number = place + 1;
-                    if behind_operator {
+                    let mut number = before + 1;
+                    if brings_operator {
                         line(&operator_jump(parent).replacen("-A", "-D", 1));
                         line(&operator_jump(parent).replacen(&format!("-A {parent}"), &insert(number), 1));
                         number += 1;
@@ -188,20 +190,34 @@ pub fn restore(rules: &Ruleset, chain: &Chain, listed: &Listed, conceded: &[Stri
     Some(text)
 }
 
-/// The rules that could decide about our packets before our jump does, unless conceded.
-pub fn above<'a>(rules: &Ruleset, chain: &Chain, listed: &'a Listed, conceded: &[String]) -> Vec<&'a str> {
-    let flat = older::left_in(rules, chain, &listed.parent);
-    shadow(rules, chain.purpose, listed, &flat, conceded).map_or(vec![], |shadow| shadow.above)
+/// Why our jump does not belong where it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wrong {
+    /// A rule above it could decide about our packets.
+    Above,
+    /// What the operator denies comes below it.
+    AboveOperator,
+    /// Who says what may pass comes below it, and may insist on that.
+    AbovePolicy,
 }
 
-/// What could decide about our packets before we do.
-struct Shadow<'a> {
-    /// Before which of the other rules our jump belongs, counted from 0.
-    place: usize,
-    /// Those from there on that come before our jump.
-    above: Vec<&'a str>,
-    /// Whether that place is above the operator's own.
-    behind_operator: bool,
+/// The rules that are on the wrong side of our jump, conceded or not; none where we want no rules.
+pub fn wrong<'a>(rules: &Ruleset, chain: &Chain, listed: &'a Listed) -> Vec<(Wrong, &'a str)> {
+    if chain.rules.is_empty() {
+        return vec![];
+    }
+    let flat = older::left_in(rules, chain, &listed.parent);
+    place(rules, chain.purpose, listed, &flat, &[]).wrong
+}
+
+/// Where our jump belongs among the other rules, which are counted from 0.
+struct Place<'a> {
+    /// Before this one; or else at the end.
+    before: Option<usize>,
+    /// Whether the operator's place would be behind it there.
+    brings_operator: bool,
+    /// What is on the wrong side of where it stands.
+    wrong: Vec<(Wrong, &'a str)>,
 }
 
 /// Docker's place for what the operator denies; its contract says that it comes first.
@@ -240,18 +256,18 @@ const PASSING: [&str; 18] = [
     "AUDIT",
 ];
 
-fn shadow<'a>(
+fn place<'a>(
     rules: &Ruleset,
     purpose: Purpose,
     listed: &'a Listed,
     flat: &[&String],
     conceded: &[String],
-) -> Option<Shadow<'a>> {
+) -> Place<'a> {
     let (parent, jump) = (purpose.parent(), purpose.jump());
-    let others = || listed.parent.iter().filter(|line| **line != jump && !flat.contains(line));
+    let is_other = |line: &&String| **line != jump && !flat.contains(line);
+    let others = || listed.parent.iter().filter(is_other).map(String::as_str).enumerate();
     let is_policy =
-        |line: &&String| target(line).is_some_and(|to| POLICIES.iter().any(|policy| to.starts_with(policy)));
-    let least = others().enumerate().filter(|(_, line)| is_policy(line)).last().map_or(0, |(at, _)| at + 1);
+        |line| target(line).is_some_and(|to| POLICIES.iter().any(|policy| to.starts_with(policy)));
     let decides = |line: &str| {
         let Some(to) = target(line) else { return false };
         if HARMLESS.iter().any(|harmless| to.starts_with(harmless))
@@ -269,19 +285,24 @@ fn shadow<'a>(
     };
     // Of several jumps the last one is kept.
     let last = listed.parent.iter().rposition(|line| *line == jump);
-    let before = last.map(|last| {
-        let above = listed.parent[..last].iter();
-        above.filter(|line| **line != jump && !flat.contains(line)).count()
-    });
-    // A jump that has to be put in anyway goes before them all.
-    let is_conceded = |line: &String| before.is_some() && conceded.contains(line);
-    let deciding = others().enumerate().skip(least).filter(|(_, line)| decides(line) && !is_conceded(line));
-    let (place, _) = deciding.clone().next()?;
-    let above = deciding.take_while(|(at, _)| before.is_some_and(|before| *at < before));
-    let above = above.map(|(_, line)| line.as_str()).collect();
-    let operator = operator_jump(parent);
-    let behind_operator = purpose == Purpose::Forward && others().skip(place).any(|line| *line == operator);
-    Some(Shadow { place, above, behind_operator })
+    let stands = last.map(|last| listed.parent[..last].iter().filter(is_other).count());
+    let policies = others().filter(|(_, line)| is_policy(line));
+    let least = policies.clone().last().map_or(0, |(at, _)| at + 1);
+    let deciders = others().skip(least).filter(|(_, line)| decides(line));
+    let is_above = |(at, _): &(usize, &str)| stands.is_some_and(|stands| *at < stands);
+    let is_below = |(at, _): &(usize, &str)| stands.is_some_and(|stands| stands <= *at);
+    // Where we are behind it already; a jump that has to be put in anyway goes before it.
+    let is_conceded = |rule: &(usize, &str)| is_above(rule) && conceded.iter().any(|line| line == rule.1);
+    let before = deciders.clone().find(|rule| !is_conceded(rule)).map(|(at, _)| at);
+    let is_operator = |line: &&str| purpose == Purpose::Forward && *line == operator_jump(parent);
+    let operator = others().find(|(_, line)| is_operator(line));
+    let brings_operator =
+        before.is_some_and(|before| operator.is_some_and(|(operator, _)| before <= operator));
+
+    let above = deciders.filter(is_above).map(|(_, line)| (Wrong::Above, line));
+    let operator = operator.into_iter().filter(is_below).map(|(_, line)| (Wrong::AboveOperator, line));
+    let policies = policies.filter(is_below).map(|(_, line)| (Wrong::AbovePolicy, line));
+    Place { before, brings_operator, wrong: above.chain(operator).chain(policies).collect() }
 }
 
 /// Where a rule sends a packet.

@@ -10,6 +10,10 @@
 //!
 //! Other rules are no part of it. dockerd up to 27 puts one of its own above ours
 //! for each network that it makes, and on some hosts it makes one a minute.
+//!
+//! A policy engine may be told to come last, as Calico can be, and looks every
+//! minute or two: we go behind its jump once, and when it has gone behind ours
+//! again we leave it at that.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -31,13 +35,17 @@ const REST: Duration = Duration::from_secs(600);
 /// A row ends with so long a time without a move.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// The rules that our jump had to go before lately.
+/// So long a policy engine's jump may stay below ours once we have gone behind it. One
+/// that was taken away and appended again, as with a new version, is behind us no longer than that.
+const GIVEN_WAY: Duration = Duration::from_secs(3600);
+
+/// The rules for which our jump was moved lately.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Insistence {
     rows: BTreeMap<String, Row>,
 }
 
-/// The moves before one rule.
+/// The moves for one rule.
 #[derive(Clone, Debug)]
 struct Row {
     moves: usize,
@@ -57,12 +65,9 @@ impl Insistence {
         self.rows.values().map(|row| row.waits_until).filter(|until| now < *until).min()
     }
 
-    /// Takes in that our jump was moved before a rule; whether that was the last time for a while.
+    /// Takes in that our jump was moved for a rule; whether that was the last time for a while.
     pub(super) fn moved(&mut self, rule: &str, now: Instant) -> bool {
-        self.rows.retain(|_, row| now < row.waits_until || now.duration_since(row.last) < QUIET);
-        let new = Row { moves: 0, last: now, waits_until: now };
-        let row = self.rows.entry(rule.to_owned()).or_insert(new);
-        row.last = now;
+        let row = self.row(rule, now);
         row.moves += 1;
         row.waits_until = match row.moves {
             MOST.. => now + REST,
@@ -74,6 +79,19 @@ impl Insistence {
             row.moves = 0;
         }
         is_last
+    }
+
+    /// Takes in that our jump has gone behind a policy engine's.
+    pub(super) fn gave_way(&mut self, rule: &str, now: Instant) {
+        self.row(rule, now).waits_until = now + GIVEN_WAY;
+    }
+
+    fn row(&mut self, rule: &str, now: Instant) -> &mut Row {
+        self.rows.retain(|_, row| now < row.waits_until || now.duration_since(row.last) < QUIET);
+        let new = Row { moves: 0, last: now, waits_until: now };
+        let row = self.rows.entry(rule.to_owned()).or_insert(new);
+        row.last = now;
+        row
     }
 }
 
@@ -116,6 +134,24 @@ mod tests {
         insistence.moved(ANOTHER, now);
 
         assert_eq!(insistence.conceded(now), [RULE]);
+    }
+
+    #[test]
+    fn who_comes_last_on_purpose_is_gone_behind_once() {
+        let (mut insistence, start) = (Insistence::default(), Instant::now());
+        let rule = "-A FORWARD -j cali-FORWARD";
+        // It looks again each 90 seconds.
+        let after = |looks: u32| start + looks * Duration::from_secs(90);
+
+        let moves = (0..39).filter(|looks| {
+            let may = insistence.conceded(after(*looks)).is_empty();
+            if may {
+                insistence.gave_way(rule, after(*looks));
+            }
+            may
+        });
+
+        assert_eq!(moves.count(), 1);
     }
 
     #[test]

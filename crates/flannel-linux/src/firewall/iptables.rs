@@ -26,7 +26,7 @@ use std::error::Error;
 use std::io;
 use std::process::{Command, Output};
 
-use flannel_core::firewall::iptables::{Listed, above, restore};
+use flannel_core::firewall::iptables::{Listed, Wrong, restore, wrong};
 use flannel_core::firewall::{Purpose, Ruleset};
 use flannel_core::host::{Ensured, Firewall, HostError};
 use iptables::IPTables;
@@ -123,12 +123,10 @@ impl Firewall for IptablesFirewall {
         let rules =
             if programs.supports_random_fully() { rules.clone() } else { rules.without_random_fully() };
         let conceded = self.insistence.conceded(Instant::now());
-        // Where we insist on no place now, the next check may again.
-        let is_final = conceded.is_empty();
-        let Check { ensured, found, above } =
+        let Check { ensured, found, moved_for } =
             blocking(move || programs.ensure(rules, found, &conceded)).await?;
-        self.found = found.filter(|_| is_final);
-        self.moved(above);
+        self.found = found;
+        self.moved(moved_for);
         Ok(ensured)
     }
 }
@@ -137,28 +135,48 @@ impl Firewall for IptablesFirewall {
 struct Check {
     ensured: Ensured,
     found: Option<Found>,
-    /// The rules that stood above ours and could decide before them, with their chains.
-    above: BTreeSet<(&'static str, String)>,
+    /// The rules that stood on the wrong side of our jumps, which were moved, with their chains.
+    moved_for: BTreeSet<(Wrong, &'static str, String)>,
 }
 
 impl IptablesFirewall {
-    /// Takes in, and tells, that our jumps were moved before these rules.
-    fn moved(&mut self, above: BTreeSet<(&'static str, String)>) {
+    /// Takes in, and tells, that our jumps were moved for these rules.
+    fn moved(&mut self, rules: BTreeSet<(Wrong, &'static str, String)>) {
         let now = Instant::now();
         let (given_up, others): (Vec<_>, Vec<_>) =
-            above.into_iter().partition(|(_, rule)| self.insistence.moved(rule, now));
-        for (chain, rule) in given_up {
-            error!(
-                chain, %rule,
-                "somebody keeps putting a rule above ours; leaving it there for ten minutes, with what it does to the \
-                 network's packets"
-            );
+            rules.into_iter().partition(|(wrong, _, rule)| match wrong {
+                Wrong::Above | Wrong::AboveOperator => self.insistence.moved(rule, now),
+                Wrong::AbovePolicy => {
+                    self.insistence.gave_way(rule, now);
+                    false
+                }
+            });
+        for (wrong, chain, rule) in given_up {
+            if wrong == Wrong::Above {
+                error!(
+                    chain, %rule,
+                    "somebody keeps putting a rule above ours; leaving it there for ten minutes, with what it does to the \
+                     network's packets"
+                );
+            } else {
+                error!(
+                    chain, %rule,
+                    "somebody keeps putting the operator's rules below ours; leaving them there for ten minutes, without a \
+                     look at the network's packets"
+                );
+            }
         }
-        let rules = others.len();
+        let (above, below): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|(wrong, ..)| *wrong == Wrong::Above);
+        if let Some((_, chain, rule)) = below.first() {
+            let rules = below.len();
+            info!(chain, %rule, rules, "ours stood before a rule that may deny; they go behind it");
+        }
+        let rules = above.len();
         let of_docker = |rule: &str| rule.contains(" -j DOCKER");
-        if let Some((chain, rule)) = others.iter().find(|(_, rule)| !of_docker(rule)) {
+        if let Some((_, chain, rule)) = above.iter().find(|(.., rule)| !of_docker(rule)) {
             warn!(chain, %rule, rules, "a rule above ours could decide about the network's packets; ours go before it");
-        } else if let Some((chain, rule)) = others.first() {
+        } else if let Some((_, chain, rule)) = above.first() {
             // It does so whenever it starts, and up to 27 with each network.
             info!(chain, %rule, rules, "docker has put a rule above ours; ours go before it");
         }
@@ -195,9 +213,10 @@ impl Programs {
     fn ensure(self, rules: Ruleset, found: Option<Found>, conceded: &[String]) -> Result<Check, HostError> {
         let before = self.generation();
         if found.as_ref().is_some_and(|found| found.rules == rules && Some(found.generation) == before) {
-            return Ok(Check { ensured: Ensured::Unchanged, found, above: BTreeSet::new() });
+            return Ok(Check { ensured: Ensured::Unchanged, found, moved_for: BTreeSet::new() });
         }
-        let (mut writes, mut texts, mut others) = (0, String::new(), BTreeSet::new());
+        let (mut writes, mut texts, mut moved_for) = (0, String::new(), BTreeSet::new());
+        let mut is_final = true;
         for chain in &rules.chains {
             let listed = match self.list(chain.purpose) {
                 // A kernel without the table has nothing of ours in it. And the raw table is needed only
@@ -210,11 +229,15 @@ impl Programs {
                 }
                 listed => listed?,
             };
+            let (left, moved): (Vec<_>, Vec<_>) = wrong(&rules, chain, &listed)
+                .into_iter()
+                .partition(|(_, rule)| conceded.iter().any(|conceded| conceded == rule));
+            // What stays where it is now the next check may not leave there; but a policy
+            // engine's can wait until something has changed.
+            is_final &= left.iter().all(|(wrong, _)| *wrong == Wrong::AbovePolicy);
             if let Some(text) = restore(&rules, chain, &listed, conceded) {
-                if !chain.rules.is_empty() {
-                    let above = above(&rules, chain, &listed, conceded).into_iter();
-                    others.extend(above.map(|rule| (chain.purpose.parent(), rule.to_owned())));
-                }
+                let parent = chain.purpose.parent();
+                moved_for.extend(moved.into_iter().map(|(wrong, rule)| (wrong, parent, rule.to_owned())));
                 texts += &text;
                 writes += 1;
             }
@@ -227,7 +250,7 @@ impl Programs {
             0 => (Ensured::Unchanged, Found::at(rules, before)),
             _ => (Ensured::Written, Found::after(writes, rules, before)),
         };
-        Ok(Check { ensured, found, above: others })
+        Ok(Check { ensured, found: found.filter(|_| is_final), moved_for })
     }
 
     /// The generation of the tables, where they have one and we may ask for it.

@@ -270,6 +270,63 @@ fn our_jump_never_goes_before_those_who_say_what_may_pass() {
 }
 
 #[test]
+fn our_jump_goes_behind_those_who_deny_and_before_those_who_decide() {
+    let (policy, docker) = ("-A FORWARD -j cali-FORWARD", "-A FORWARD -j DOCKER-FORWARD");
+
+    for denies in [DOCKER_USER, policy] {
+        let [gone, _] = moved(0).try_into().unwrap();
+        assert_eq!(forward(&[JUMP, denies]), Some(vec![gone, JUMP.into()]), "{denies}");
+        assert_eq!(forward(&[JUMP, denies, docker]), Some(moved(2)), "{denies}");
+        assert_eq!(forward(&[denies, JUMP, docker]), None, "{denies}");
+    }
+    assert_eq!(forward(&[policy, JUMP, DOCKER_USER, docker]), Some(moved(3)));
+    assert_eq!(forward(&[DOCKER_USER, JUMP, policy, docker]), Some(moved(3)));
+    // One look of the operator's is enough.
+    assert_eq!(forward(&[DOCKER_USER, JUMP, docker, DOCKER_USER]), None);
+    assert_eq!(forward(&[DOCKER_USER, docker, DOCKER_USER, JUMP]), Some(moved(2)));
+}
+
+#[test]
+fn the_operator_s_denials_come_before_us_where_they_were_put_last() {
+    let [gone, ours] = moved(2).try_into().unwrap();
+
+    assert_eq!(
+        forward(&[JUMP, "-A FORWARD -j DROP", DOCKER_USER]),
+        Some(vec![gone, "-D FORWARD -j DOCKER-USER".into(), "-I FORWARD 1 -j DOCKER-USER".into(), ours])
+    );
+}
+
+#[test]
+fn our_jump_goes_behind_nobody_because_he_was_conceded() {
+    let ruleset = ruleset(false, true);
+    let drop = "-A FORWARD -j DROP";
+    let listed = listed(&[FROM, TO], &[JUMP, "-A FORWARD -j cali-FORWARD", drop]);
+
+    let text = restore(&ruleset, &ruleset.chains[1], &listed, &[drop.to_owned()]).unwrap();
+
+    assert!(text.contains("-I FORWARD 2 -m comment"), "{text}");
+}
+
+#[test]
+fn the_jump_of_others_stays_where_it_is() {
+    let off = ruleset(false, false);
+    let listed = listed(&[OTHER], &["-A FORWARD -j DROP", JUMP]);
+
+    assert_eq!(restore(&off, &off.chains[1], &listed, &[]), None);
+    assert_eq!(wrong(&off, &off.chains[1], &listed), []);
+}
+
+#[test]
+fn our_jump_stays_above_who_insists_on_being_last() {
+    let ruleset = ruleset(false, true);
+    let policy = "-A FORWARD -j cali-FORWARD";
+    let listed = listed(&[FROM, TO], &[JUMP, policy]);
+
+    assert_eq!(restore(&ruleset, &ruleset.chains[1], &listed, &[policy.to_owned()]), None);
+    assert_eq!(wrong(&ruleset, &ruleset.chains[1], &listed), [(Wrong::AbovePolicy, policy)]);
+}
+
+#[test]
 fn our_jump_stays_where_somebody_insists_on_theirs() {
     let ruleset = ruleset(false, true);
     let (theirs, another) = ("-A FORWARD -j DROP", "-A FORWARD -j REJECT");
@@ -279,9 +336,8 @@ fn our_jump_stays_where_somebody_insists_on_theirs() {
     let both = listed(&[FROM, TO], &[theirs, another, JUMP]);
 
     assert_eq!(restore(&ruleset, chain, &alone, &conceded), None);
-    assert_eq!(above(&ruleset, chain, &both, &[]), [theirs, another]);
+    assert_eq!(wrong(&ruleset, chain, &both), [(Wrong::Above, theirs), (Wrong::Above, another)]);
     // What somebody else puts there is no less in our way.
-    assert_eq!(above(&ruleset, chain, &both, &conceded), [another]);
     let text = restore(&ruleset, chain, &both, &conceded).unwrap();
     assert!(text.contains("-I FORWARD 2 -m comment"), "{text}");
 }
