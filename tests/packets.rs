@@ -150,6 +150,13 @@ struct Docker {
     options: &'static [&'static str],
 }
 
+const DOCKER_20_10: Docker = Docker { file: "docker-20.10.iptables", column: "old", options: &[] };
+
+const DOCKER_28_2: Docker = Docker { file: "docker-28.2.iptables", column: "28.2", options: &[] };
+
+const DOCKER_28_2_WITH_OPTIONS: Docker =
+    Docker { column: "28.2+", options: &["--allow-direct-routing"], ..DOCKER_28_2 };
+
 /// The two hosts beside one kind of Docker.
 struct Beside<'a> {
     docker: Docker,
@@ -160,10 +167,8 @@ impl Beside<'_> {
     /// What is not as the grids say, with each policy of FORWARD.
     fn differences(&self) -> String {
         let mut wrong = String::new();
-        for (policy, without, with_nftables) in
-            [("ACCEPT", ACCEPTING, WITH_NFTABLES_ACCEPTING), ("DROP", DROPPING, WITH_NFTABLES_DROPPING)]
-        {
-            let with = if self.hosts.engine == Engine::Nftables { with_nftables } else { WITH_OURS };
+        for (policy, without) in [("ACCEPT", ACCEPTING), ("DROP", DROPPING)] {
+            let with = with_ours(self.hosts.engine, policy);
             self.renew(policy);
             self.check(without, false, &format!("FORWARD {policy}, without ours"), &mut wrong);
             for masquerade in [true, false] {
@@ -185,6 +190,43 @@ impl Beside<'_> {
                 self.check(with, masquerade, &when("after a flush"), &mut wrong);
 
                 assert_eq!(self.ensure(&mut fresh(), wanted), [Ensured::Unchanged; 2]);
+            }
+        }
+        wrong
+    }
+
+    /// What is not as the grids say while masquerading is switched off and on again, by the
+    /// same agents and without anything else being touched.
+    fn differences_while_masquerading_changes(&self) -> String {
+        let (mut wrong, engine) = (String::new(), self.hosts.engine);
+        for policy in ["ACCEPT", "DROP"] {
+            self.renew(policy);
+            let mut ours = [engine.ours(), engine.ours()];
+            for masquerade in [true, false, true] {
+                let wanted = Wanted { masquerade, random_fully: true, forward: true };
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
+                let when = format!("FORWARD {policy}, then masquerade {masquerade}");
+                self.check(with_ours(engine, policy), masquerade, &when, &mut wrong);
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Unchanged; 2]);
+            }
+        }
+        wrong
+    }
+
+    /// The same while agents with one engine and with another follow each other.
+    fn differences_while_the_engine_changes(&self) -> String {
+        let (mut wrong, engine) = (String::new(), self.hosts.engine);
+        let other = if engine == Engine::Nftables { Engine::IptablesNft } else { Engine::Nftables };
+        let wanted = Wanted { masquerade: true, random_fully: true, forward: true };
+        for policy in ["ACCEPT", "DROP"] {
+            self.renew(policy);
+            for engine in [engine, other, engine] {
+                // As it starts.
+                let mut ours = [engine.ours(), engine.ours()];
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Written; 2]);
+                let when = format!("FORWARD {policy}, then {engine:?}");
+                self.check(with_ours(engine, policy), true, &when, &mut wrong);
+                assert_eq!(self.ensure(&mut ours, wanted), [Ensured::Unchanged; 2]);
             }
         }
         wrong
@@ -268,6 +310,15 @@ impl Beside<'_> {
     }
 }
 
+/// What arrives with our rules in that engine, where FORWARD has that policy.
+fn with_ours(engine: Engine, policy: &str) -> &'static str {
+    match (engine, policy) {
+        (Engine::Nftables, "ACCEPT") => WITH_NFTABLES_ACCEPTING,
+        (Engine::Nftables, _) => WITH_NFTABLES_DROPPING,
+        _ => WITH_OURS,
+    }
+}
+
 /// The words behind `|` in the row of that name.
 fn row<'a>(grid: &'a str, name: &str) -> Vec<&'a str> {
     let cells = grid.lines().filter_map(|line| line.split_once('|')).find(|(row, _)| row.trim() == name);
@@ -291,15 +342,20 @@ fn source(name: &str, masquerade: bool, from: Place) -> Ipv4Addr {
 
 /// Goes through the grids with these kinds of Docker, with each engine of ours by its side.
 fn beside(dockers: &[Docker]) {
+    beside_each(dockers, |beside| beside.differences());
+}
+
+fn beside_each(dockers: &[Docker], differences: impl Fn(&Beside<'_>) -> String + Sync) {
     if !Hosts::possible() {
         return;
     }
     let wrong: String = thread::scope(|scope| {
         let with_each = ENGINES.map(|engine| {
+            let differences = &differences;
             scope.spawn(move || {
                 let cluster = Cluster::new();
                 let hosts = Hosts { cluster: &cluster, engine };
-                dockers.iter().map(|&docker| Beside { docker, hosts }.differences()).collect::<String>()
+                dockers.iter().map(|&docker| differences(&Beside { docker, hosts })).collect::<String>()
             })
         });
         with_each.into_iter().map(|work| work.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
@@ -309,7 +365,7 @@ fn beside(dockers: &[Docker]) {
 
 #[test]
 fn beside_docker_20_10() {
-    beside(&[Docker { file: "docker-20.10.iptables", column: "old", options: &[] }]);
+    beside(&[DOCKER_20_10]);
 }
 
 #[test]
@@ -332,10 +388,7 @@ fn beside_docker_28_0() {
 
 #[test]
 fn beside_docker_28_2() {
-    let bare = Docker { file: "docker-28.2.iptables", column: "28.2", options: &[] };
-    let options = &["--allow-direct-routing"];
-
-    beside(&[bare, Docker { column: "28.2+", options, ..bare }]);
+    beside(&[DOCKER_28_2, DOCKER_28_2_WITH_OPTIONS]);
 }
 
 #[test]
@@ -356,4 +409,18 @@ fn beside_docker_29_with_nftables() {
         Docker { column: "29nft-", options: &options[..1], ..bare },
         Docker { column: "29nft+", options, ..bare },
     ]);
+}
+
+#[test]
+fn the_grid_holds_while_masquerading_is_switched_off_and_on() {
+    beside_each(&[DOCKER_20_10, DOCKER_28_2_WITH_OPTIONS], |beside| {
+        beside.differences_while_masquerading_changes()
+    });
+}
+
+#[test]
+fn the_grid_holds_while_agents_with_other_engines_follow_each_other() {
+    beside_each(&[DOCKER_20_10, DOCKER_28_2_WITH_OPTIONS], |beside| {
+        beside.differences_while_the_engine_changes()
+    });
 }
