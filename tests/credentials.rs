@@ -119,8 +119,9 @@ async fn what_a_user_may_not_do_is_refused_with_the_key() {
     let read = chain(&store.network_config().await.unwrap_err());
     let watched = chain(&store.watch().next().await.unwrap_err());
 
-    assert_eq!(read, "reading /not/ours/config refused: etcdserver: permission denied");
-    assert_eq!(watched, "listing /not/ours/subnets/ refused: etcdserver: permission denied");
+    let denied = "refused: etcdserver: permission denied; a role of this user has to grant it: etcdctl role grant-permission";
+    assert_eq!(read, format!("reading /not/ours/config {denied}"));
+    assert_eq!(watched, format!("listing /not/ours/subnets/ {denied}"));
 }
 
 #[tokio::test]

@@ -1022,7 +1022,8 @@ async fn without_a_ca_file_the_systems_roots_decide_and_do_not_know_our_ca() {
 
     let error = chain(&store(&etcd.settings()).await.network_config().await.unwrap_err());
 
-    let expected = format!("no answer from {}: invalid peer certificate: UnknownIssuer", etcd.endpoint());
+    let words = "invalid peer certificate: UnknownIssuer (none of the system's CAs knows it: --etcd-cafile)";
+    let expected = format!("no answer from {}: {words}", etcd.endpoint());
     assert_eq!(error, expected);
 }
 
@@ -1037,6 +1038,25 @@ async fn a_wrong_ca_is_said_to_be_one() {
 
     let error = chain(&store.network_config().await.unwrap_err());
     assert!(error.contains("invalid peer certificate"), "{error}");
+    assert!(error.ends_with("(its certificate is not of the CA in --etcd-cafile)"), "{error}");
+}
+
+#[tokio::test]
+async fn http_where_https_is_spoken_and_the_other_way_round_is_asked_about() {
+    let directory = tempfile::tempdir().unwrap();
+    let certificates = certificates_or_pass!(directory);
+    let (secure, plain) = (etcd_or_pass!(Kind::tls(&certificates)), etcd_or_pass!());
+    let other = |endpoint: &str, to| Settings {
+        ca_file: Some(certificates.ca.clone()),
+        ..at(&[&format!("{to}://{}", endpoint.split_once("://").unwrap().1)])
+    };
+
+    for (settings, spoken) in
+        [(other(&secure.endpoint(), "http"), "https"), (other(&plain.endpoint(), "https"), "http")]
+    {
+        let error = chain(&store(&settings).await.network_config().await.unwrap_err());
+        assert!(error.contains(&format!("is it {spoken} that is spoken there?")), "{error}");
+    }
 }
 
 #[tokio::test]

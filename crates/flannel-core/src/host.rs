@@ -134,8 +134,13 @@ pub trait Firewall: Send + 'static {
     /// Makes the rules stand as given; writes nothing if they do.
     fn ensure(&mut self, rules: &Ruleset) -> impl Future<Output = Result<Ensured, HostError>> + Send;
 
-    /// Waits until somebody else may have changed them since the last call of the
-    /// other, as far as the kernel tells. Safe to drop at any moment.
+    /// What is wrong beside rules that stand, as the last call of `ensure` has found it.
+    fn trouble(&self) -> Option<HostError> {
+        None
+    }
+
+    /// Waits until somebody else may have changed them since the last call of
+    /// `ensure`, as far as the kernel tells. Safe to drop at any moment.
     fn changed(&mut self) -> impl Future<Output = ()> + Send {
         std::future::pending()
     }

@@ -262,11 +262,22 @@ impl Dial {
     /// alert or as a connection that ends.
     pub(crate) fn hint(&self, words: &str) -> &'static str {
         const ENDS: [&str; 5] = ["BadCertificate", "CertificateRequired", "closed", "reset", "roken pipe"];
+        let has = |said: &str| words.contains(said);
+        let is_unknown = has("UnknownIssuer") || has("BadSignature");
         match &self.tls {
-            Some(TlsFiles { identity: None, .. }) if ENDS.iter().any(|end| words.contains(end)) => {
+            None if has("roken pipe") => " (if that stays: is it https that is spoken there?)",
+            None => "",
+            Some(_) if has("handshake eof") => " (if that stays: is it http that is spoken there?)",
+            Some(TlsFiles { ca: Some(_), .. }) if is_unknown => {
+                " (its certificate is not of the CA in --etcd-cafile)"
+            }
+            Some(_) if is_unknown => " (none of the system's CAs knows it: --etcd-cafile)",
+            Some(_) if has("NotValidForName") => " (--etcd-endpoints has to name it as its certificate does)",
+            Some(TlsFiles { identity: None, .. }) if ENDS.iter().any(|end| has(end)) => {
                 " (it may ask for a certificate: --etcd-certfile and --etcd-keyfile)"
             }
-            _ => "",
+            Some(_) if has("BadCertificate") => " (it does not take the certificate in --etcd-certfile)",
+            Some(_) => "",
         }
     }
 

@@ -257,6 +257,8 @@ impl Refusal {
     fn remedy(&self) -> &'static str {
         if self.words.contains("database space exceeded") {
             "; see etcdctl alarm list, then compact, defrag and alarm disarm"
+        } else if self.code == Self::PERMISSION_DENIED {
+            "; a role of this user has to grant it: etcdctl role grant-permission"
         } else {
             ""
         }

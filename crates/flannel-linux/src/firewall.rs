@@ -8,7 +8,6 @@
 //! ```
 //!
 //! The new rules come before the old ones go: at no moment would a packet meet none.
-//! While something is wrong beside rules that stand, each call says so.
 //! x_tables tell nothing: rules there are looked at by the clock, and when firewalld
 //! says that it was there.
 
@@ -183,13 +182,12 @@ impl Firewall for LinuxFirewall {
             Err(HostError::Missing { .. }) if rules.is_empty() => Ok(Ensured::Unchanged),
             ensured => ensured,
         };
-        let mut swept = Ok(());
         if ensured.is_ok() {
             let on_nft = match &self.engine {
                 Engine::Iptables(iptables) => iptables.is_told(),
                 Engine::Nftables(_) => None,
             };
-            swept = self.leftovers.sweep(rules, on_nft).await;
+            self.leftovers.sweep(rules, on_nft).await;
             let iptables = match &self.engine {
                 Engine::Iptables(iptables) => Some(iptables.program()),
                 Engine::Nftables(_) => None,
@@ -198,7 +196,11 @@ impl Firewall for LinuxFirewall {
         }
         self.listen(rules);
         self.rests_until = Instant::now() + began.elapsed() * (SHARE - 1);
-        swept.and(ensured)
+        ensured
+    }
+
+    fn trouble(&self) -> Option<HostError> {
+        self.leftovers.trouble()
     }
 
     async fn changed(&mut self) {

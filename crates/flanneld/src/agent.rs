@@ -693,7 +693,9 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
         self.tasks.spawn(async move {
             loop {
                 let ruleset = rules.borrow_and_update().clone();
-                if inputs.send(Input::Rules(firewall.ensure(&ruleset).await)).await.is_err() {
+                let ensured = firewall.ensure(&ruleset).await;
+                let ensured = ensured.and_then(|ensured| firewall.trouble().map_or(Ok(ensured), Err));
+                if inputs.send(Input::Rules(ensured)).await.is_err() {
                     return;
                 }
                 tokio::select! {

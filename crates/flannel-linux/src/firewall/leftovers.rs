@@ -1,7 +1,7 @@
 //! What we, or a Go flanneld, have left in an engine that we do not use now.
 //!
-//! What does not go is told as an error though our rules stand, and so are rules of
-//! others in both kinds of iptables, since a packet has to pass both.
+//! What does not go is trouble though our rules stand, and so are rules in both kinds
+//! of iptables, since a packet has to pass both.
 //!
 //! An engine is only asked if its tools are on this host and the kernel has
 //! tables of its kind: asking iptables-legacy would make some. What is not
@@ -101,31 +101,30 @@ impl Leftovers {
     }
 
     /// Clears away what the other engines hold of these networks, once; `on_nft`
-    /// tells of which kind the iptables in use is.
-    ///
-    /// # Errors
-    /// Something of ours does not go, or there are rules in both kinds of iptables;
-    /// it is looked at again after a while.
-    pub(super) async fn sweep(&mut self, rules: &Ruleset, on_nft: Option<bool>) -> Result<(), HostError> {
+    /// tells of which kind the iptables in use is. Trouble is looked at again after a while.
+    pub(super) async fn sweep(&mut self, rules: &Ruleset, on_nft: Option<bool>) {
         let networks: Vec<IpNetwork> =
             [rules.network].into_iter().chain(rules.former.iter().copied()).collect();
         let is_swept = |swept: &Vec<IpNetwork>| networks.iter().all(|network| swept.contains(network));
         let is_swept = self.swept.as_ref().is_some_and(is_swept);
-        if is_swept && self.wrong.is_none() {
-            return Ok(());
+        let is_at_rest = is_swept && self.wrong.is_none();
+        if is_at_rest || self.again.is_some_and(|again| Instant::now() < again) {
+            return;
         }
-        if self.again.is_none_or(|again| again <= Instant::now()) {
-            let cleared = if is_swept { Ok(()) } else { self.clear(&rules.without_rules(), on_nft).await };
-            if cleared.is_ok() {
-                self.swept = Some(networks);
-            }
-            self.wrong = match cleared {
-                Ok(()) => self.both().await,
-                Err(wrong) => Some(wrong),
-            };
-            self.again = self.wrong.is_some().then(|| Instant::now() + AGAIN);
+        let cleared = if is_swept { Ok(()) } else { self.clear(&rules.without_rules(), on_nft).await };
+        if cleared.is_ok() {
+            self.swept = Some(networks);
         }
-        self.wrong.as_ref().map_or(Ok(()), |wrong| Err(wrong.error()))
+        self.wrong = match cleared {
+            Ok(()) => self.both().await,
+            Err(wrong) => Some(wrong),
+        };
+        self.again = self.wrong.is_some().then(|| Instant::now() + AGAIN);
+    }
+
+    /// Something of ours does not go, or there are rules in both kinds of iptables.
+    pub(super) fn trouble(&self) -> Option<HostError> {
+        self.wrong.as_ref().map(Wrong::error)
     }
 
     /// Has the other engines hold nothing of ours; the first of what does not go.
