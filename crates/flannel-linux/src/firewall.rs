@@ -173,6 +173,7 @@ impl Firewall for LinuxFirewall {
     async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
         let began = Instant::now();
         self.forget();
+        self.leftovers.look_before();
         let ensured = match &mut self.engine {
             Engine::Iptables(iptables) => iptables.ensure(rules).await,
             Engine::Nftables(nftables) => nftables.ensure(rules).await,

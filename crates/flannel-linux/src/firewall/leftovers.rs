@@ -46,6 +46,8 @@ pub(super) struct Leftovers {
     again: Option<Instant>,
     /// What was wrong when it was last looked.
     wrong: Option<Wrong>,
+    /// Whether nf_tables held anything before we wrote to them; `None` before the first look.
+    had_nf_tables: Option<bool>,
 }
 
 /// What is not as it should be beside our rules.
@@ -97,7 +99,12 @@ pub(super) fn legacy_kind(family: Family) -> Kind {
 
 impl Leftovers {
     pub(super) fn new(engine: FirewallEngine, family: Family) -> Self {
-        Self { engine, family, swept: None, again: None, wrong: None }
+        Self { engine, family, swept: None, again: None, wrong: None, had_nf_tables: None }
+    }
+
+    /// Takes in what there is to be cleared away, before our rules are written.
+    pub(super) fn look_before(&mut self) {
+        self.had_nf_tables.get_or_insert_with(has_nf_tables);
     }
 
     /// Clears away what the other engines hold of these networks, once; `on_nft`
@@ -148,7 +155,8 @@ impl Leftovers {
         {
             all = all.and(clear(&mut plain.clone(), nothing, plain.program()).await);
         }
-        if has_nf_tables() {
+        // Where they were empty when we came, no former run has left anything.
+        if self.had_nf_tables.unwrap_or(true) {
             if !(iptables && on_nft == Some(true)) && is_installed(nft.program) {
                 let mut firewall = IptablesFirewall::with_programs(nft.program, nft.restorer);
                 all = all.and(clear(&mut firewall, nothing, nft.program).await);
