@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use flannel_core::lease::{HostIdentity, Tenure};
+use flannel_core::lease::{HeldLease, HostIdentity, Tenure};
 use flannel_core::store::{LeaseEvent, LeaseStore, LeaseWatch, StoreError};
 use flannel_etcd::EtcdStore;
 use flannel_tests::etcd::PREFIX;
@@ -28,6 +28,25 @@ fn store_of(client: &SimClient, host: HostIdentity) -> EtcdStore<SimClient> {
 fn keys(etcd: &SimEtcd) -> Vec<String> {
     let keys = etcd.keys(PREFIX).into_iter();
     keys.map(|entry| String::from_utf8(entry.key).unwrap()).filter(|key| !key.ends_with("config")).collect()
+}
+
+/// We at address 1 with subnet 8, beside a neighbour at 2 with 7, who lives and answers.
+struct Neighbours {
+    etcd: SimEtcd,
+    client: SimClient,
+    held: HeldLease,
+    neighbour: EtcdStore<SimClient>,
+    theirs: HeldLease,
+}
+
+async fn neighbours() -> Neighbours {
+    let etcd = SimEtcd::start();
+    let (client, other) = (etcd.client(1), etcd.client(2));
+    let neighbour = store_of(&other, machine("b", "boot-1"));
+    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
+    tokio::spawn(neighbour.hold(&theirs));
+    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    Neighbours { etcd, client, held, neighbour, theirs }
 }
 
 #[tokio::test(start_paused = true)]
@@ -172,12 +191,7 @@ async fn a_question_that_goes_with_its_lease_is_no_answer() {
 
 #[tokio::test(start_paused = true)]
 async fn a_host_that_moves_to_the_address_of_one_that_lives_does_not_publish_it() {
-    let etcd = SimEtcd::start();
-    let (client, other) = (etcd.client(1), etcd.client(2));
-    let neighbour = store_of(&other, machine("b", "boot-1"));
-    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
-    let _answering = tokio::spawn(neighbour.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let Neighbours { client, held, theirs, .. } = neighbours().await;
 
     let refused = store(&client).publish(&held, &host(2)).await;
 
@@ -188,12 +202,7 @@ async fn a_host_that_moves_to_the_address_of_one_that_lives_does_not_publish_it(
 
 #[tokio::test(start_paused = true)]
 async fn a_host_that_waits_for_another_address_keeps_its_lease_alive() {
-    let etcd = SimEtcd::start();
-    let (client, other) = (etcd.client(1), etcd.client(2));
-    let neighbour = store_of(&other, machine("b", "boot-1"));
-    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
-    let _answering = tokio::spawn(neighbour.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let Neighbours { client, held, neighbour, theirs, .. } = neighbours().await;
 
     for _ in 0..3 {
         sleep(Duration::from_secs(50_000)).await;
@@ -251,12 +260,7 @@ async fn hosts_that_exchange_addresses_do_not_wait_for_each_other() {
 
 #[tokio::test(start_paused = true)]
 async fn the_lease_of_a_host_that_died_while_it_waited_for_another_address_goes_after_a_while() {
-    let etcd = SimEtcd::start();
-    let (client, other) = (etcd.client(1), etcd.client(2));
-    let neighbour = store_of(&other, machine("b", "boot-1"));
-    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
-    let _answering = tokio::spawn(neighbour.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let Neighbours { etcd, client, held, neighbour, theirs } = neighbours().await;
     store(&client).publish(&held, &host(2)).await.unwrap_err();
 
     let moved = neighbour.publish(&theirs, &host(1)).await.unwrap();
@@ -273,12 +277,7 @@ async fn the_lease_of_a_host_that_died_while_it_waited_for_another_address_goes_
 
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_vanishes_while_its_host_waits_for_another_address_is_back() {
-    let etcd = SimEtcd::start();
-    let (client, other) = (etcd.client(1), etcd.client(2));
-    let neighbour = store_of(&other, machine("b", "boot-1"));
-    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
-    let _answering = tokio::spawn(neighbour.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let Neighbours { etcd, client, held, .. } = neighbours().await;
     etcd.delete(&key(8));
 
     let refused = store(&client).publish(&held, &host(2)).await;
@@ -290,12 +289,7 @@ async fn a_lease_that_vanishes_while_its_host_waits_for_another_address_is_back(
 
 #[tokio::test(start_paused = true)]
 async fn a_host_that_starts_and_waits_for_another_address_keeps_its_lease_alive() {
-    let etcd = SimEtcd::start();
-    let (client, other) = (etcd.client(1), etcd.client(2));
-    let neighbour = store_of(&other, machine("b", "boot-1"));
-    let theirs = neighbour.acquire(&config(), &host(2), Some(subnet(7))).await.unwrap();
-    let _answering = tokio::spawn(neighbour.hold(&theirs));
-    let held = store(&client).acquire(&config(), &host(1), Some(subnet(8))).await.unwrap();
+    let Neighbours { client, held, neighbour, theirs, .. } = neighbours().await;
 
     for boot in ["boot-1", "boot-2", "boot-2"] {
         sleep(Duration::from_secs(50_000)).await;
