@@ -172,6 +172,26 @@ async fn a_lease_whose_record_becomes_another_s_meanwhile_is_not_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nor_is_it_written_over() {
+    let etcd = SimEtcd::start();
+    let client = etcd.client(1);
+    let store = store(&client);
+    let held = store.acquire(&config(), &host(1), Some(subnet(7))).await.unwrap();
+    // The list, what stands there, the term, the renewal, and then the transaction.
+    let late = Fate::Answered(Duration::from_secs(1), Duration::ZERO);
+    client.fates([PROMPT, PROMPT, PROMPT, PROMPT, late]);
+    let publishing = tokio::spawn(async move { store.publish(&held, &host(3)).await });
+
+    sleep(Duration::from_millis(500)).await;
+    let theirs = r#"{"HostID":"b","BootID":"boot-1","Hostname":"b","PublicIP":"192.168.0.1"}"#;
+    etcd.bend(&record_key(7), theirs.as_bytes());
+    let published = publishing.await.unwrap();
+
+    assert!(matches!(published, Err(StoreError::Lost { .. })), "{published:?}");
+    assert_eq!(etcd.keys(&record_key(7))[0].value, theirs.as_bytes());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_question_that_goes_with_its_lease_is_no_answer() {
     let etcd = SimEtcd::start();
     let (client, other) = (etcd.client(1), etcd.client(2));
