@@ -107,19 +107,22 @@ impl<S: LeaseStore, N: Network, F: Firewall> Agent<S, N, F> {
                 true => "our lease says what we did not write",
                 false => "our lease was overwritten in the store",
             });
-        } else if !std::mem::replace(&mut self.disputed, true) {
-            let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
-            error!(
-                %published,
-                %ours,
-                "somebody keeps writing to our lease: another agent with our public address? It is put right once they \
-                 have been quiet for a while"
-            );
-            let pending = "somebody keeps writing other values to our lease; it is put right once they have been quiet \
-                           for a while"
-                .into();
-            self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+        } else {
+            // Whichever way it was learnt, a truce begins.
             self.overwritten.get_or_insert_with(Instant::now);
+            if !std::mem::replace(&mut self.disputed, true) {
+                let (published, ours) = (published.attrs.to_json(), ours.attrs.to_json());
+                error!(
+                    %published,
+                    %ours,
+                    "somebody keeps writing to our lease: another agent with our public address? It is put right once they \
+                     have been quiet for a while"
+                );
+                let pending = "somebody keeps writing other values to our lease; it is put right once they have been quiet \
+                               for a while"
+                    .into();
+                self.parts.status.send_modify(|status| status.lease = Aspect::Pending(pending));
+            }
         }
     }
 

@@ -38,7 +38,7 @@ pub(super) fn split(
                 // A blank too many behind `--etcd-password=`, or that flag misspelt, must not bring the password to
                 // light: only what can be nothing but a mistaken boolean is repeated.
                 let shown = match before {
-                    Some((name, false)) => format!("the word after --{}", name.escape_debug()),
+                    Some((name, false)) => format!("what follows --{} and its value", name.escape_debug()),
                     _ => format!("{word:?}"),
                 };
                 mistakes.push(format!(
