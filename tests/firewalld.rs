@@ -119,6 +119,43 @@ fn rules_are_looked_at_when_those_of_a_new_firewalld_stand_and_when_it_ends() {
 }
 
 #[test]
+fn rules_in_nf_tables_wait_until_firewalld_is_done_with_its_own() {
+    with_firewalld(async |netns| {
+        let bus = Bus::started();
+        for engine in [Engine::IptablesNft, Engine::Nftables] {
+            let mut firewall = engine.ours().on_bus(&bus.address());
+            assert_eq!(firewall.ensure(&ours()).await.unwrap(), Ensured::Written, "there is no firewalld");
+            let before = listed(&netns);
+            let mut talker = Talker::begin(&bus);
+            netns.run("nft flush ruleset");
+
+            let rules = ours();
+            let mut ensured = std::pin::pin!(firewall.ensure(&rules));
+            assert!(timeout(QUIET, &mut ensured).await.is_err(), "{engine:?} did not wait");
+            assert_ne!(listed(&netns), before);
+            talker.stand();
+
+            assert_eq!(ensured.await.unwrap(), Ensured::Written);
+            assert_eq!(listed(&netns), before);
+        }
+    });
+}
+
+#[test]
+fn rules_in_nf_tables_do_not_wait_for_ever_for_firewalld() {
+    with_firewalld(async |netns| {
+        let bus = Bus::started();
+        let _stuck = Talker::begin(&bus);
+        let mut firewall = Engine::Nftables.ours().on_bus(&bus.address());
+
+        let ensured = timeout(A_WHILE, firewall.ensure(&ours())).await.expect("it gives up").unwrap();
+
+        assert_eq!(ensured, Ensured::Written);
+        assert!(!listed(&netns).is_empty());
+    });
+}
+
+#[test]
 fn a_bus_may_come_later_go_and_come_back() {
     with_firewalld(async |netns| {
         let mut bus = Bus::new();
@@ -182,7 +219,8 @@ fn survives(backend: Backend, engine: Engine) {
         let mut longest = Duration::ZERO;
         for _ in 0..20 {
             let mut reload = firewalld.command(&["--reload"]);
-            assert!(tokio::task::spawn_blocking(move || reload.status()).await.unwrap().unwrap().success());
+            let status = tokio::task::spawn_blocking(move || reload.status()).await.unwrap().unwrap();
+            assert!(status.success(), "{status}\n{}", firewalld.log());
             let reloaded = Instant::now();
             while listed(&netns) != before {
                 assert!(reloaded.elapsed() < SOON, "{:#?}\n{before:#?}", listed(&netns));

@@ -266,7 +266,12 @@ impl Firewalld {
     /// It does not.
     pub fn run(&self, words: &[&str]) {
         let status = self.command(words).status().expect("firewall-cmd can be run");
-        assert!(status.success(), "firewall-cmd {words:?}: {status}\n{}", self.process.log());
+        assert!(status.success(), "firewall-cmd {words:?}: {status}\n{}", self.log());
+    }
+
+    /// What it has said.
+    pub fn log(&self) -> String {
+        self.process.log()
     }
 
     /// Stops it as `systemctl stop` does.

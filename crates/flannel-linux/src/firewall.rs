@@ -2,14 +2,16 @@
 //! hold of us goes, and the kernel's word of changes wakes whoever waits for it.
 //!
 //! ```text
-//!   ensure ──▶ engine: iptables or nftables ──▶ then, once: leftovers in the other engines
+//!   ensure ──▶ firewalld: at its own just now? ──▶ engine: iptables or nftables
+//!                                                  └──▶ then, once: leftovers in the other engines
 //!   changed ◀─┬ ear ◀── the kernel, of nf_tables
 //!             └ firewalld, by the bus of the system, of x_tables
 //! ```
 //!
 //! The new rules come before the old ones go: at no moment would a packet meet none.
 //! x_tables tell nothing: rules there are looked at by the clock, and when firewalld
-//! says that it was there.
+//! says that it was there. In nf_tables, which nobody can lock, our rules wait until
+//! firewalld is done with its own.
 
 use std::time::Duration;
 
@@ -70,6 +72,14 @@ impl Engine {
         match self {
             Self::Iptables(iptables) => iptables.is_at_rest(),
             Self::Nftables(nftables) => nftables.is_at_rest(),
+        }
+    }
+
+    /// Whether its writes could come into the midst of somebody else's; x_tables have a lock.
+    fn minds_company(&self) -> bool {
+        match self {
+            Self::Iptables(iptables) => iptables.is_told() != Some(false),
+            Self::Nftables(_) => true,
         }
     }
 
@@ -171,6 +181,9 @@ impl LinuxFirewall {
 
 impl Firewall for LinuxFirewall {
     async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
+        if self.engine.minds_company() && !self.engine.is_at_rest() {
+            firewalld::at_rest(self.bus.as_deref()).await;
+        }
         let began = Instant::now();
         self.forget();
         self.leftovers.look_before();

@@ -1,5 +1,5 @@
-//! firewalld's own word that it has written its rules anew, for where the kernel
-//! tells nothing.
+//! firewalld: its own word that it has written its rules anew, for where the kernel
+//! tells nothing, and whether it is at them just now, for where it would mind company.
 //!
 //! With iptables behind it, firewalld empties all chains as it starts, reloads and
 //! stops, and whoever has rules there in x_tables learns of it by the bus of the
@@ -13,6 +13,10 @@
 //!
 //! It takes its name before it touches a rule, and answers nobody until it is done.
 //! A host without a bus is no worse off than before; one is looked for now and then.
+//!
+//! With iptables on nf_tables behind it, a reload fails if somebody else's transaction
+//! comes between what its `ebtables-restore` has listed and what that changes, or puts
+//! a jump back between its `-F` and its `-X`. So whoever writes there asks it first.
 
 use std::convert::Infallible;
 use std::num::NonZeroU32;
@@ -22,7 +26,7 @@ use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::debug;
+use tracing::{debug, info};
 use zbus::message::{Flags, Type};
 use zbus::{Connection, Message, MessageStream, connection};
 
@@ -40,6 +44,9 @@ const NAME_MOVED: &str = "type='signal',sender='org.freedesktop.DBus',interface=
 
 /// How long a bus may take to let us in.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long firewalld may be at its rules before ours go beside them.
+const AT_WORK: Duration = Duration::from_secs(5);
 
 /// Between the first attempts to reach a bus; it doubles up to the other.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -73,6 +80,28 @@ impl Firewalld {
     }
 }
 
+/// Waits until firewalld is not at its rules; without one there is nothing to wait for.
+pub(super) async fn at_rest(address: Option<&str>) {
+    match timeout(AT_WORK, answer(address)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "no bus to ask firewalld by"),
+        Err(_) => info!("firewalld has been busy or stuck for {AT_WORK:?}; not waiting for it any longer"),
+    }
+}
+
+/// Waits for firewalld's sign of life, or for the bus's word that nobody is there to give one.
+async fn answer(address: Option<&str>) -> zbus::Result<()> {
+    let bus = connect(address).await?;
+    let mut messages = MessageStream::from(&bus);
+    let asked = ping(&bus).await?;
+    while let Some(message) = messages.next().await {
+        if message?.header().reply_serial() == Some(asked) {
+            return Ok(());
+        }
+    }
+    Err(gone())
+}
+
 async fn listen(address: Option<String>, tell: watch::Sender<()>) {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -90,7 +119,13 @@ async fn listen(address: Option<String>, tell: watch::Sender<()>) {
 /// Tells what it hears, for as long as there is somebody to hear.
 async fn hear(address: Option<&str>, tell: &watch::Sender<()>) -> zbus::Result<Infallible> {
     let begin = async {
-        let (bus, messages) = connect(address).await?;
+        let bus = connect(address).await?;
+        // All there is to hear in one stream, in its order. A stream for each rule would take
+        // the rule back as it is dropped, by a task that there may be no runtime for any more.
+        let messages = MessageStream::from(&bus);
+        for rule in [RELOADED, NAME_MOVED] {
+            bus.call_method(Some(BUS), BUS_PATH, Some(BUS), "AddMatch", &rule).await?;
+        }
         // What it did before we listened.
         let ping = ping(&bus).await?;
         Ok::<_, zbus::Error>((bus, messages, ping))
@@ -109,23 +144,15 @@ async fn hear(address: Option<&str>, tell: &watch::Sender<()>) -> zbus::Result<I
         }
         tell.send_replace(());
     }
-    Err(failure("the bus has gone"))
+    Err(gone())
 }
 
-/// A connection that is told of firewalld.
-async fn connect(address: Option<&str>) -> zbus::Result<(Connection, MessageStream)> {
+async fn connect(address: Option<&str>) -> zbus::Result<Connection> {
     let builder = match address {
         Some(address) => connection::Builder::address(address)?,
         None => connection::Builder::system()?,
     };
-    // All there is to hear in one stream, in its order. A stream for each rule would take
-    // the rule back as it is dropped, by a task that there may be no runtime for any more.
-    let bus = builder.build().await?;
-    let messages = MessageStream::from(&bus);
-    for rule in [RELOADED, NAME_MOVED] {
-        bus.call_method(Some(BUS), BUS_PATH, Some(BUS), "AddMatch", &rule).await?;
-    }
-    Ok((bus, messages))
+    builder.build().await
 }
 
 /// Asks firewalld for a sign of life, without having it started; the serial of the answer.
@@ -161,6 +188,10 @@ fn word(message: &Message, asked: NonZeroU32) -> Option<Word> {
         Type::MethodReturn => (header.reply_serial() == Some(asked)).then_some(Word::Answers),
         Type::MethodCall | Type::Error => None,
     }
+}
+
+fn gone() -> zbus::Error {
+    failure("the bus has gone")
 }
 
 fn failure(words: &str) -> zbus::Error {
