@@ -85,7 +85,10 @@ pub(super) async fn at_rest(address: Option<&str>) {
     match timeout(AT_WORK, answer(address)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => debug!(%error, "no bus to ask firewalld by"),
-        Err(_) => info!("firewalld has been busy or stuck for {AT_WORK:?}; not waiting for it any longer"),
+        Err(_) => {
+            let seconds = AT_WORK.as_secs();
+            info!("firewalld has been busy or stuck for {seconds} s; not waiting for it any longer");
+        }
     }
 }
 
