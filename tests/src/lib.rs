@@ -9,6 +9,7 @@ pub mod firewalld;
 pub mod fuzz;
 pub mod lab;
 pub mod leases;
+pub mod log;
 pub mod memory_store;
 pub mod netns;
 pub mod packets;

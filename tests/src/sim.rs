@@ -25,15 +25,14 @@ use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
 use crate::build;
+use crate::log::Log;
 use crate::sim_etcd::{By, SimEtcd};
 
 mod checks;
 mod host;
-mod log;
 mod nemesis;
 
 use host::Host;
-use log::Log;
 
 /// Under which the simulated cluster keeps its keys.
 pub const PREFIX: &str = "/coreos.com/network";

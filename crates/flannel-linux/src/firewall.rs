@@ -33,7 +33,7 @@ mod program;
 
 use docker::Docker;
 use ear::{Concern, Ear};
-use firewalld::Firewalld;
+use firewalld::{Firewalld, Question};
 use iptables::{Family, IptablesFirewall};
 use leftovers::Leftovers;
 use nftables::NftablesFirewall;
@@ -53,6 +53,8 @@ pub struct LinuxFirewall {
     ear: Option<Ear>,
     /// Only where the kernel tells nothing.
     firewalld: Option<Firewalld>,
+    /// To firewalld, before rules are written that no lock guards.
+    question: Question,
     /// Where the bus is that firewalld is heard by, if it is not that of the system.
     bus: Option<String>,
     /// Whether something was heard that nobody has looked at yet.
@@ -118,6 +120,7 @@ impl LinuxFirewall {
             docker: Docker::default(),
             ear: None,
             firewalld: None,
+            question: Question::default(),
             bus: None,
             heard: false,
             rests_until: Instant::now(),
@@ -182,7 +185,7 @@ impl LinuxFirewall {
 impl Firewall for LinuxFirewall {
     async fn ensure(&mut self, rules: &Ruleset) -> Result<Ensured, HostError> {
         if self.engine.minds_company() && !self.engine.is_at_rest() {
-            firewalld::at_rest(self.bus.as_deref()).await;
+            self.question.at_rest(self.bus.as_deref()).await;
         }
         let began = Instant::now();
         self.forget();

@@ -80,14 +80,28 @@ impl Firewalld {
     }
 }
 
-/// Waits until firewalld is not at its rules; without one there is nothing to wait for.
-pub(super) async fn at_rest(address: Option<&str>) {
-    match timeout(AT_WORK, answer(address)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!(%error, "no bus to ask firewalld by"),
-        Err(_) => {
-            let seconds = AT_WORK.as_secs();
-            info!("firewalld has been busy or stuck for {seconds} s; not waiting for it any longer");
+/// Whoever asks before writing beside it.
+#[derive(Default)]
+pub(super) struct Question {
+    /// Whether it was told that nobody answered.
+    unanswered: bool,
+}
+
+impl Question {
+    /// Waits until firewalld is not at its rules, by the bus of that address, or that of
+    /// the system; without one there is nothing to wait for.
+    pub(super) async fn at_rest(&mut self, address: Option<&str>) {
+        let answered = timeout(AT_WORK, answer(address)).await;
+        if let Ok(Err(error)) = &answered {
+            debug!(%error, "no bus to ask firewalld by");
+        }
+        match (std::mem::replace(&mut self.unanswered, answered.is_err()), answered) {
+            (false, Err(_)) => {
+                let seconds = AT_WORK.as_secs();
+                info!("firewalld has been busy or stuck for {seconds} s; not waiting for it any longer");
+            }
+            (true, Ok(_)) => info!("firewalld is no longer busy or stuck"),
+            _ => {}
         }
     }
 }

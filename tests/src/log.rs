@@ -11,7 +11,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 /// Hears every line from `info` on.
 #[derive(Clone, Default)]
-pub(super) struct Log {
+pub struct Log {
     inner: Arc<Inner>,
 }
 
@@ -28,12 +28,12 @@ impl Log {
     ///
     /// # Panics
     /// A reader has panicked.
-    pub(super) fn read_by(&self, reader: impl FnMut(String) + Send + 'static) {
+    pub fn read_by(&self, reader: impl FnMut(String) + Send + 'static) {
         *self.inner.reader.lock().expect("no reader panics") = Some(Box::new(reader));
     }
 
     /// How many lines there were so far.
-    pub(super) fn lines(&self) -> usize {
+    pub fn lines(&self) -> usize {
         self.inner.lines.load(Ordering::Relaxed)
     }
 }
