@@ -157,23 +157,41 @@ impl Store {
         });
     }
 
-    /// Gives back what a member's file has grown by.
-    pub(crate) fn defragment(&mut self, index: usize) {
+    /// Gives back what a member's file has grown by, until it has so many bytes at most.
+    /// A member compacts when it comes to it, and only then is there something to give back.
+    pub(crate) fn defragment(&mut self, index: usize, most: i64) {
         let (endpoint, user) = (self.endpoints[index].clone(), self.user.clone());
-        let work = async { connect(&endpoint, user.as_ref()).await?.defragment().await };
-        self.runtime.block_on(work).unwrap_or_else(|error| panic!("{endpoint} is not defragmented: {error}"));
+        let start = Instant::now();
+        loop {
+            let work = async {
+                let mut client = connect(&endpoint, user.as_ref()).await?;
+                client.defragment().await?;
+                Ok::<_, Error>(client.status().await?.db_size())
+            };
+            let size = self.runtime.block_on(work);
+            let size = size.unwrap_or_else(|error| panic!("{endpoint} is not defragmented: {error}"));
+            if size <= most {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{endpoint} still has {size} bytes");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
-    /// Ends every alarm.
+    /// Ends every alarm, those too that a write which was under way has raised meanwhile.
     pub(crate) fn disarm(&mut self) {
         self.must(async |client| {
-            let raised = client.alarm(AlarmAction::Get, AlarmType::None, None).await?;
-            for alarm in raised.alarms() {
-                let mut of = AlarmOptions::new();
-                of.with_member(alarm.member_id());
-                client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of)).await?;
+            loop {
+                let raised = client.alarm(AlarmAction::Get, AlarmType::None, None).await?;
+                if raised.alarms().is_empty() {
+                    return Ok(());
+                }
+                for alarm in raised.alarms() {
+                    let mut of = AlarmOptions::new();
+                    of.with_member(alarm.member_id());
+                    client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of)).await?;
+                }
             }
-            Ok(())
         });
     }
 
